@@ -11,10 +11,10 @@ packed, padded or alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, groupby, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ from torch import Tensor
 from ssa.errors import InputError
 
 IGNORE_INDEX = -100  # label value that the losses skip (PyTorch's and transformers' convention)
+
+
+Run = tuple[int, int, int]  # first flat row, number of documents, their common length
+
+
+def run_view(x: Tensor, run: Run) -> Tensor:
+    """``x [B, T, ...]`` restricted to a run of equally long documents, ``[documents, length, ...]``.
+
+    A view, so it can be written to, if ``x`` is contiguous.
+    """
+    first, count, length = run
+    return x.reshape(-1, *x.shape[2:])[first : first + count * length].unflatten(0, (count, length))
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,13 @@ class BlockGrid:
         block_start: int32 ``[num_blocks + 1]``, flat row of each block's first token; the last entry is ``B*T``.
             Blocks tile the batch, so block ``i`` ends where ``i + 1`` starts (a document's last may be short).
         first_block: int32 ``[B*T]``, id of block 0 of each token's document: global id = ``first_block + n``.
+        row_blocks: ids of each row's first block and, last, ``num_blocks``; ``B + 1`` host integers.
     """
 
     num_blocks: int
     block_start: Tensor
     first_block: Tensor
+    row_blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,18 +73,34 @@ class DocumentLayout:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
-            raise InputError("DocumentLayout", f"batch {self.batch}, tokens {self.tokens}", "both at least 1 (an empty sequence has no attention)")
+            raise InputError(
+                "DocumentLayout",
+                f"batch {self.batch}, tokens {self.tokens}",
+                "both at least 1 (an empty sequence has no attention)",
+            )
         filled = 0
         for i, n in enumerate(self.lengths):
             if n < 1:
-                raise InputError("DocumentLayout.lengths", f"length {n} of document {i}", "at least 1", "dropping empty documents")
+                raise InputError(
+                    "DocumentLayout.lengths",
+                    f"length {n} of document {i}",
+                    "at least 1",
+                    "dropping empty documents",
+                )
             if filled + n > self.tokens:
                 raise InputError(
-                    "DocumentLayout.lengths", f"document {i} crossing the end of a row of {self.tokens} tokens",
-                    "documents inside one row", "packing the batch into rows first, each row starting a document")
+                    "DocumentLayout.lengths",
+                    f"document {i} crossing the end of a row of {self.tokens} tokens",
+                    "documents inside one row",
+                    "packing the batch into rows first, each row starting a document",
+                )
             filled = (filled + n) % self.tokens
         if sum(self.lengths) != self.batch * self.tokens:
-            raise InputError("DocumentLayout.lengths", f"sum {sum(self.lengths)}", f"batch * tokens = {self.batch * self.tokens}")
+            raise InputError(
+                "DocumentLayout.lengths",
+                f"sum {sum(self.lengths)}",
+                f"batch * tokens = {self.batch * self.tokens}",
+            )
 
     # ------------------------------------------------------------------ construction
     @classmethod
@@ -83,10 +113,15 @@ class DocumentLayout:
         """From the document lengths of one row, or of each row (rows must have equal sums)."""
         if not len(lengths):
             raise InputError("DocumentLayout.from_lengths", "no lengths", "at least one document")
-        rows: list[Sequence[int]] = [lengths] if isinstance(lengths[0], int) else list(lengths)  # type: ignore[list-item]
+        rows = cast("list[Sequence[int]]", [lengths] if isinstance(lengths[0], int) else list(lengths))
         sums = {sum(row) for row in rows}
         if len(sums) != 1:
-            raise InputError("DocumentLayout.from_lengths", f"rows of {sorted(sums)} tokens", "rows of equal length", "padding the shorter rows with a document of their own")
+            raise InputError(
+                "DocumentLayout.from_lengths",
+                f"rows of {sorted(sums)} tokens",
+                "rows of equal length",
+                "padding the shorter rows with a document of their own",
+            )
         return cls(tuple(int(n) for row in rows for n in row), len(rows), sums.pop())
 
     @classmethod
@@ -110,8 +145,10 @@ class DocumentLayout:
                 raise InputError(where, f"{what} {cu[i]} at index {i}", "strictly increasing entries")
         total = cu[-1] if tokens is None else batch * tokens
         if cu[-1] != total or total % batch:
-            raise InputError(where, f"last entry {cu[-1]}", f"the number of tokens {total}, a multiple of batch {batch}")
-        return cls(tuple(b - a for a, b in zip(cu, cu[1:], strict=False)), batch, total // batch)
+            raise InputError(
+                where, f"last entry {cu[-1]}", f"the number of tokens {total}, a multiple of batch {batch}"
+            )
+        return cls(tuple(b - a for a, b in pairwise(cu)), batch, total // batch)
 
     # ------------------------------------------------------------------ what it says
     @property
@@ -135,20 +172,28 @@ class DocumentLayout:
 
     def starts(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 ``[B, T]``: flat row of the first token of each token's document."""
+
         def make() -> Tensor:
             first = torch.tensor([0, *accumulate(self.lengths)][:-1])
             return first.repeat_interleave(torch.tensor(self.lengths)).view(self.batch, self.tokens)
+
         return self._on(device, "starts", make)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 ``[B, T]``: position of each token inside its document, from 0 (RoPE positions)."""
-        return self._on(device, "positions", lambda: torch.arange(self.total).view(self.batch, self.tokens) - self.starts())
+        return self._on(
+            device,
+            "positions",
+            lambda: torch.arange(self.total).view(self.batch, self.tokens) - self.starts(),
+        )
 
     def document_ids(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 ``[B, T]``: number of each token's document, counted over the flat batch."""
+
         def make() -> Tensor:
             lengths = torch.tensor(self.lengths)
             return torch.arange(len(self.lengths)).repeat_interleave(lengths).view(self.batch, self.tokens)
+
         return self._on(device, "ids", make)
 
     def next_token_labels(self, input_ids: Tensor) -> Tensor:
@@ -161,6 +206,7 @@ class DocumentLayout:
 
     def block_grid(self, block_size: int, device: torch.device | str = "cpu") -> BlockGrid:
         """The grid of blocks of ``block_size`` tokens over all documents of the batch."""
+
         def make() -> BlockGrid:
             lengths = torch.tensor(self.lengths)
             counts = (lengths + block_size - 1) // block_size
@@ -169,16 +215,34 @@ class DocumentLayout:
             offsets = torch.cumsum(lengths, 0) - lengths
             start = offsets.repeat_interleave(counts) + inside * block_size
             start = torch.cat([start, torch.tensor([self.total])]).to(torch.int32)
-            return BlockGrid(len(inside), start.to(device), first.repeat_interleave(lengths).to(torch.int32).to(device))
+            first_block = first.repeat_interleave(lengths).to(torch.int32)
+            row_blocks = (*first_block[:: self.tokens].tolist(), len(inside))
+            return BlockGrid(len(inside), start.to(device), first_block.to(device), row_blocks)
+
         key = ("grid", block_size, str(device))
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
+    def runs(self) -> Iterator[Run]:
+        """Runs of equally long neighbouring documents, ``(first flat row, documents, length)``; see :func:`run_view`.
+
+        Dense operations work run by run, so that they cost the sum of squared document lengths without padding.
+        """
+        row = 0
+        for length, group in groupby(self.lengths):
+            count = sum(1 for _ in group)
+            yield row, count, length
+            row += count * length
+
     def check(self, x: Tensor, where: str) -> None:
         """Raise :class:`InputError` unless the first two dimensions of ``x`` are ``[B, T]``."""
         if tuple(x.shape[:2]) != (self.batch, self.tokens):
-            raise InputError(where, f"a tensor of {tuple(x.shape[:2])} [B, T]", f"the layout's ({self.batch}, {self.tokens})")
+            raise InputError(
+                where,
+                f"a tensor of {tuple(x.shape[:2])} [B, T]",
+                f"the layout's ({self.batch}, {self.tokens})",
+            )
 
     def _on(self, device: torch.device | str, name: str, make: Any) -> Tensor:
         key = (name, str(device))

@@ -1,0 +1,143 @@
+"""Which backend serves a call, and why.
+
+Each operation lists its backends in order of preference. ``"auto"`` takes the first that can serve the call; a
+backend asked for by name either serves it or raises :class:`~ssa.errors.BackendError`. Nothing else falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssa.documents import DocumentLayout
+from ssa.errors import BackendError, InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """The facts of a call that decide whether a backend can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int | None = None
+    num_blocks: int | None = None
+    layout: DocumentLayout | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, **facts: Any) -> Request:
+        """From query ``[B, T, H, D]`` and key ``[B, T, K, D]``."""
+        return cls(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], **facts)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        name: what a user writes as ``backend=``.
+        target: ``"module:function"``, imported when first chosen.
+        refusal: the reason why it cannot serve a request, or None if it can.
+    """
+
+    name: str
+    target: str
+    refusal: Callable[[Request], str | None]
+
+    def load(self) -> Callable[..., Any]:
+        """The function behind the name."""
+        module, function = self.target.split(":")
+        return getattr(import_module(module), function)
+
+
+def always(request: Request) -> None:
+    """Refusal of a backend that serves everything."""
+
+
+OPERATIONS: dict[str, tuple[Backend, ...]] = {}
+
+
+def register(operation: str, *backends: Backend) -> None:
+    """Declare the backends of an operation, best first. Called once per operation by its ``api`` module."""
+    OPERATIONS[operation] = backends
+
+
+def choose(operation: str, request: Request, backend: str = "auto") -> Callable[..., Any]:
+    """The function of the backend that serves ``request``.
+
+    Raises:
+        InputError: unknown backend name.
+        BackendError: the named backend cannot serve the request, or none can.
+    """
+    backends = OPERATIONS[operation]
+    if backend == "auto":
+        for candidate in backends:
+            if candidate.refusal(request) is None:
+                return candidate.load()
+        raise BackendError(operation, f"no backend for {request}", "a supported call")
+    for candidate in backends:
+        if candidate.name == backend:
+            if reason := candidate.refusal(request):
+                raise BackendError(
+                    f"{operation}(backend={backend!r})",
+                    reason,
+                    "a call that this backend can serve",
+                    "backend='auto'",
+                )
+            return candidate.load()
+    raise InputError(f"{operation}.backend", repr(backend), f"'auto' or one of {[b.name for b in backends]}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Outcome of :func:`explain`: the chosen backend and the reason against every other."""
+
+    operation: str
+    chosen: str
+    reasons: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}: {self.chosen}"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons])
+
+
+def explain(
+    operation: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    heads: int = 32,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    num_blocks: int = 16,
+    layout: DocumentLayout | None = None,
+) -> Explanation:
+    """Which backend ``auto`` takes for such a call, and why not the others.
+
+    ``operation`` is one of ``"select_blocks"``, ``"sparse_attention"``, ``"full_attention"``.
+    """
+    if operation not in OPERATIONS:
+        raise InputError("explain.operation", repr(operation), f"one of {sorted(OPERATIONS)}")
+    request = Request(torch.device(device), dtype, heads, kv_heads, head_dim, block_size, num_blocks, layout)
+    chosen, reasons = "none", []
+    for candidate in OPERATIONS[operation]:
+        reason = candidate.refusal(request)
+        if reason is None and chosen == "none":
+            chosen = candidate.name
+            reasons.append((candidate.name, "chosen"))
+        else:
+            reasons.append((candidate.name, reason or f"can serve it, but {chosen} comes first"))
+    return Explanation(operation, chosen, tuple(reasons))
+
+
+def first_reason(reasons: Sequence[tuple[bool, str]]) -> str | None:
+    """The text of the first true condition: the usual body of a refusal."""
+    return next((text for broken, text in reasons if broken), None)

@@ -1,0 +1,1 @@
+"""Both streams and their alignment."""

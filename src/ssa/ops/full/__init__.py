@@ -1,0 +1,1 @@
+"""Full causal attention over documents."""

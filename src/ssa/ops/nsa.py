@@ -1,0 +1,106 @@
+"""The two further branches of the NSA baseline (paper section 5): compression and sliding window.
+
+Plain PyTorch with PyTorch's autograd, one run of equally long documents at a time; chunks are recomputed in the
+backward pass so that memory stays bounded. The selection branch is :func:`ssa.ops.sparse_attention`.
+
+Shapes: n documents of a run, L their length, H query heads, K key-value heads, G = H/K, D head dim, M keys,
+S block size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssa.documents import DocumentLayout, run_view
+from ssa.errors import InputError
+from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    layout: DocumentLayout | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over the mean keys and mean values of the blocks that are complete at the query.
+
+    ``q [B, T, H, D]``, ``k``, ``v`` ``[B, T, K, D]`` -> ``[B, T, H, D]``; 0 where no block is complete yet.
+    """
+    where = "compressed_attention"
+    check_qkv(where, q, k, v)
+    layout, scale = resolve_layout(where, q, layout), resolve_scale(where, q, scale)
+    if block_size < 1:
+        raise InputError(f"{where}.block_size", block_size, "at least 1")
+    outputs = []
+    for run in layout.runs():
+        query, key, value = (run_view(x, run) for x in (q, k, v))
+        blocks = run[2] // block_size
+        if blocks == 0:
+            outputs.append(torch.zeros_like(query).flatten(0, 1))
+            continue
+        pooled_k, pooled_v = (
+            x[:, : blocks * block_size].unflatten(1, (blocks, block_size)).mean(2) for x in (key, value)
+        )
+        position = torch.arange(run[2], device=q.device)
+        visible = torch.arange(blocks, device=q.device) < ((position + 1) // block_size)[:, None]
+        outputs.append(_masked_attention(query, pooled_k, pooled_v, visible, scale).flatten(0, 1))
+    return torch.cat(outputs).view_as(q)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    layout: DocumentLayout | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention over the last ``window`` tokens of the document, the query's own included.
+
+    ``q [B, T, H, D]``, ``k``, ``v`` ``[B, T, K, D]`` -> ``[B, T, H, D]``.
+    """
+    where = "window_attention"
+    check_qkv(where, q, k, v)
+    layout, scale = resolve_layout(where, q, layout), resolve_scale(where, q, scale)
+    if window < 1:
+        raise InputError(f"{where}.window", window, "at least 1")
+    outputs = []
+    for run in layout.runs():
+        query, key, value = (run_view(x, run) for x in (q, k, v))
+        position = torch.arange(run[2], device=q.device)
+        distance = position[:, None] - position
+        outputs.append(_masked_attention(query, key, value, (distance >= 0) & (distance < window), scale).flatten(0, 1))
+    return torch.cat(outputs).view_as(q)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """``q [n, L, H, D]`` over ``k, v [n, M, K, D]`` where ``visible [L, M]``; rows that see nothing give 0."""
+    n, L, H, _ = q.shape
+    step = max(1, CHUNK_ELEMENTS // (n * H * k.shape[1]))
+    chunks = []
+    for first in range(0, L, step):
+        part = slice(first, first + step)
+        if step >= L:
+            return _masked_chunk(q, k, v, visible, scale)
+        chunks.append(checkpoint(_masked_chunk, q[:, part], k, v, visible[part], scale, use_reentrant=False))
+    return torch.cat(chunks, 1)
+
+
+def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    query = q.to(wide).unflatten(2, (k.shape[2], -1))
+    logits = torch.einsum("nckgd,nmkd->nkgcm", query, k.to(wide)) * scale
+    sees = visible.any(-1, keepdim=True)
+    logits = logits.masked_fill(
+        ~(visible | ~sees), float("-inf")
+    )  # a row that sees nothing stays finite, then becomes 0
+    probability = logits.softmax(-1) * sees
+    return torch.einsum("nkgcm,nmkd->nckgd", probability, v.to(wide)).flatten(2, 3).to(q.dtype)

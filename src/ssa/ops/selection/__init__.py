@@ -1,0 +1,1 @@
+"""Choosing: pooled keys to block indices."""

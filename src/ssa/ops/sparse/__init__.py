@@ -1,0 +1,1 @@
+"""Computing: attention given block indices."""

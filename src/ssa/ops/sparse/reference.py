@@ -1,0 +1,123 @@
+"""Block-sparse attention in plain PyTorch: the specification.
+
+Gathers the keys of the selected blocks, so time and memory follow ``T * k * S``; chunks of queries bound the memory and
+the backward pass recomputes the probabilities. Low-precision inputs are computed in float32 and rounded once.
+
+Shapes: N = B*T flat tokens, K key-value heads, G = H/K, D head dim, M = n*S gathered keys, c queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssa.documents import DocumentLayout
+
+CHUNK_ELEMENTS = 1 << 22  # gathered key elements at a time: 16 MiB in float32
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    layout: DocumentLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`ssa.ops.sparse_attention`; returns output and log-sum-exp."""
+    return _SparseAttention.apply(q, k, v, block_indices, block_size, layout, scale)
+
+
+class _SparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor,
+        S: int,
+        layout: DocumentLayout,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        B, T, H, D = q.shape
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(B, T, H, dtype=wide, device=q.device)
+        q_, k_, v_, i_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices))
+        for chunk, rows, visible in _gather_plan(i_, S, layout, D):
+            logits, value = _logits(q_[chunk], k_, rows, visible, scale, wide), _take(v_, rows).to(wide)
+            chunk_lse = logits.logsumexp(-1)  # [c, K, G]
+            probability = (logits - chunk_lse[..., None]).exp()
+            out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
+            lse.view(B * T, H)[chunk] = chunk_lse.flatten(1)
+        ctx.save_for_backward(q, k, v, indices, out, lse)
+        ctx.arguments = S, layout, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, indices, out, lse = ctx.saved_tensors
+        S, layout, scale = ctx.arguments
+        B, T, H, D = q.shape
+        K = k.shape[2]
+        q_, k_, v_, i_, o_, do_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices, out, d_out))
+        dq = torch.empty(B * T, H, D, dtype=lse.dtype, device=q.device)
+        dk = torch.zeros(B * T * K, D, dtype=lse.dtype, device=q.device)
+        dv = torch.zeros_like(dk)
+        for chunk, rows, visible in _gather_plan(i_, S, layout, D):
+            key, value = _take(k_, rows).to(lse.dtype), _take(v_, rows).to(lse.dtype)
+            query, d_o, o = (_grouped(x[chunk], K).to(lse.dtype) for x in (q_, do_, o_))  # [c, K, G, D]
+            logits = _logits(q_[chunk], k_, rows, visible, scale, lse.dtype)
+            probability = (logits - _grouped(lse.view(B * T, H)[chunk], K)[..., None]).exp()  # [c, K, G, M]
+            d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
+            dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
+            target = (rows * K + torch.arange(K, device=q.device)[:, None]).flatten()
+            dk.index_add_(0, target, ((d_logits.mT @ query) * scale).flatten(0, 2))
+            dv.index_add_(0, target, (probability.mT @ d_o).flatten(0, 2))
+        return (
+            dq.view_as(q).to(q.dtype),
+            dk.view_as(k).to(k.dtype),
+            dv.view_as(v).to(v.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Per chunk of queries: which queries, the flat rows ``[c, K, M]`` of their keys, and which of those count."""
+    N, K, n = indices.shape
+    start, position = layout.starts(indices.device).view(-1), layout.positions(indices.device).view(-1)
+    inside = torch.arange(S, device=indices.device)
+    step = max(1, CHUNK_ELEMENTS // (K * n * S * D))
+    for first in range(0, N, step):
+        chunk = slice(first, first + step)
+        block = indices[chunk].long()[..., None]  # [c, K, n, 1]
+        key_position = (block * S + inside).flatten(2)  # [c, K, M] inside the document
+        visible = (block >= 0).expand(-1, -1, -1, S).flatten(2) & (key_position <= position[chunk, None, None])
+        yield chunk, torch.where(visible, key_position + start[chunk, None, None], 0), visible
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """``x [N, K, D]`` at ``rows [c, K, M]`` of each KV head: ``[c, K, M, D]``."""
+    return x[rows, torch.arange(x.shape[1], device=x.device)[:, None]]
+
+
+def _grouped(x: Tensor, K: int) -> Tensor:
+    """``[c, H, ...]`` to ``[c, K, G, ...]``."""
+    return x.unflatten(1, (K, -1))
+
+
+def _logits(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+    """Scaled logits ``[c, K, G, M]``, -inf where not visible."""
+    logits = (_grouped(q, k.shape[1]).to(wide) @ _take(k, rows).to(wide).mT) * scale
+    return logits.masked_fill(~visible[:, :, None], float("-inf"))

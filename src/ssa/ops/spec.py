@@ -1,0 +1,73 @@
+"""What the sparse stream may read: block size, budget, forced blocks and the rule that ranks blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ssa.errors import InputError
+
+SelectionRule = Literal["exact", "official"]
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class SparseSpec:
+    """Budget and rule of block selection (paper section 3). Immutable, validated at construction.
+
+    Attributes:
+        block_size: tokens per block S, a power of two up to 256 (GPU kernels: 16, 32, 64, 128).
+        num_blocks: blocks per query k, the own block included. The receptive field is ``k * S`` tokens.
+        first_blocks: blocks at the start of the document that are always selected (attention sinks).
+        local_blocks: most recent blocks that are always selected; 1 is the query's own block alone.
+        rule: ``"exact"`` is the true top-k. ``"official"`` reproduces the published code's streaming merge,
+            which keeps only the best ``S/2`` of all earlier chunks of S blocks beside the best ``S/2`` of the
+            newest chunk; for checkpoints trained under it.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 16
+    first_blocks: int = 0
+    local_blocks: int = 1
+    rule: SelectionRule = "exact"
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise InputError("SparseSpec.block_size", self.block_size, f"one of {BLOCK_SIZES}")
+        if not isinstance(self.num_blocks, int) or self.num_blocks < 1:
+            raise InputError("SparseSpec.num_blocks", self.num_blocks, "an integer of at least 1")
+        if self.first_blocks < 0 or self.local_blocks < 1:
+            raise InputError(
+                "SparseSpec",
+                f"first_blocks {self.first_blocks}, local_blocks {self.local_blocks}",
+                "first_blocks >= 0 and local_blocks >= 1 (the own block is always read)",
+            )
+        if self.first_blocks + self.local_blocks > self.num_blocks:
+            raise InputError(
+                "SparseSpec",
+                f"{self.first_blocks} first + {self.local_blocks} local blocks",
+                f"at most num_blocks = {self.num_blocks}",
+                "a larger num_blocks",
+            )
+        if self.rule not in get_args(SelectionRule):
+            raise InputError("SparseSpec.rule", repr(self.rule), f"one of {get_args(SelectionRule)}")
+        if self.rule == "official":
+            if self.num_blocks > self.block_size:
+                raise InputError(
+                    "SparseSpec.num_blocks",
+                    self.num_blocks,
+                    f"at most block_size = {self.block_size} under rule 'official' (its merge buffer)",
+                    "rule='exact'",
+                )
+            if (self.first_blocks, self.local_blocks) != (0, 1):
+                raise InputError(
+                    "SparseSpec",
+                    "forced blocks with rule 'official'",
+                    "first_blocks 0, local_blocks 1",
+                    "rule='exact'",
+                )
+
+    @property
+    def receptive_field(self) -> int:
+        """Tokens that a query may read, ``k * S``."""
+        return self.block_size * self.num_blocks
