@@ -1,0 +1,6 @@
+"""The language model on transformers. Importing this registers it with ``AutoConfig`` and ``AutoModelForCausalLM``."""
+
+from ssa.model.configuration import METHODS, SSAConfig
+from ssa.model.modeling import SSAForCausalLM, SSAModel, SSAOutput
+
+__all__ = ["METHODS", "SSAConfig", "SSAForCausalLM", "SSAModel", "SSAOutput"]

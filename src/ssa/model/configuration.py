@@ -1,0 +1,109 @@
+"""Configuration of the one model class. FullAttn, MoBA, NSA and SSA are values of it (paper sections 4 and 5)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
+
+from transformers import LlamaConfig
+
+from ssa.errors import ConfigError, InputError
+from ssa.ops import AlignmentSpec, SparseSpec
+from ssa.ops.dual.alignment import AlignOn, Directions, Distance
+from ssa.ops.spec import SelectionRule
+
+Method = Literal["full", "moba", "nsa", "ssa"]
+Mode = Literal["full", "sparse"]
+
+METHODS: dict[str, tuple[float, float]] = {
+    # probability that a training step's main stream is full attention, alignment weight alpha
+    "full": (1.0, 0.0),
+    "moba": (0.0, 0.0),
+    "nsa": (0.0, 0.0),
+    "ssa": (0.5, 10.0),
+}
+
+
+class SSAConfig(LlamaConfig):
+    """A Llama configuration with a gate on attention, a sparse stream and a training method. Flat keys.
+
+    Attributes beside Llama's:
+        method: ``"full"``, ``"moba"`` and ``"ssa"`` differ only in training; ``"nsa"`` has three branches and no
+            full mode. Sets ``full_probability`` and ``alignment_weight`` where those are None.
+        gated: multiply each head's attention output by ``sigmoid(W_g x)`` (all methods of the paper do).
+        block_size, num_blocks, first_blocks, local_blocks, selection_rule: see :class:`ssa.ops.SparseSpec`.
+        window_size: tokens of NSA's sliding window.
+        full_probability: chance that a training step's main stream is full attention (p_FA).
+        alignment_weight, alignment_distance, align_on, alignment_directions: see :class:`ssa.ops.AlignmentSpec`.
+        inference_mode: ``"full"`` or ``"sparse"``; may be changed at any time, as may ``num_blocks``.
+    """
+
+    model_type = "ssa"
+
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = False
+    tie_word_embeddings: bool = True
+
+    method: str = "ssa"
+    gated: bool = True
+    block_size: int = 16
+    num_blocks: int = 16
+    first_blocks: int = 0
+    local_blocks: int = 1
+    selection_rule: str = "exact"
+    window_size: int = 128
+    full_probability: float | None = None
+    alignment_weight: float | None = None
+    alignment_distance: str = "smooth_l1"
+    align_on: str = "gated"
+    alignment_directions: str = "both"
+    inference_mode: str = "sparse"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.method not in METHODS:
+            raise ConfigError("SSAConfig.method", repr(self.method), f"one of {get_args(Method)}")
+        probability, weight = METHODS[self.method]
+        if self.full_probability is None:
+            self.full_probability = probability
+        if self.alignment_weight is None:
+            self.alignment_weight = weight
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": float(kwargs.pop("rope_theta", 500000.0))}
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` if values do not fit together. Called at construction and at each mode change."""
+        if not 0.0 <= float(self.full_probability or 0.0) <= 1.0:
+            raise ConfigError("SSAConfig.full_probability", self.full_probability, "a number in [0, 1]")
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
+            raise ConfigError(
+                "SSAConfig",
+                f"{self.num_attention_heads} query heads and {self.num_key_value_heads} KV heads",
+                "query heads divisible by KV heads",
+            )
+        if self.inference_mode not in get_args(Mode):
+            raise ConfigError("SSAConfig.inference_mode", repr(self.inference_mode), f"one of {get_args(Mode)}")
+        if self.method == "nsa" and (self.inference_mode == "full" or self.full_probability or self.alignment_weight):
+            raise ConfigError("SSAConfig", "full attention or alignment with method 'nsa'", "its three sparse branches")
+        if self.method == "nsa" and not self.gated:
+            raise ConfigError("SSAConfig.gated", "False with method 'nsa'", "True: its three branches are gated")
+        try:
+            self.sparse_spec()
+            self.alignment_spec()
+        except InputError as error:
+            raise ConfigError(error.where, error.got, error.expected, error.hint) from None
+
+    def sparse_spec(self) -> SparseSpec:
+        """The selection that the sparse stream uses now."""
+        rule = cast("SelectionRule", self.selection_rule)
+        return SparseSpec(self.block_size, self.num_blocks, self.first_blocks, self.local_blocks, rule)
+
+    def alignment_spec(self) -> AlignmentSpec:
+        """How training aligns the streams."""
+        return AlignmentSpec(
+            float(self.alignment_weight or 0.0),
+            cast("Distance", self.alignment_distance),
+            cast("AlignOn", self.align_on),
+            cast("Directions", self.alignment_directions),
+        )

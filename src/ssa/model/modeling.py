@@ -1,0 +1,360 @@
+"""The language model: Llama blocks with gated attention that runs full, sparse, or both (paper section 4).
+
+Shapes: B batch, T tokens, H query heads, K key-value heads, D head dim, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import ModelOutput
+
+from ssa.documents import IGNORE_INDEX, DocumentLayout
+from ssa.errors import InputError
+from ssa.model.configuration import SSAConfig
+from ssa.model.inputs import resolve_documents
+from ssa.ops import (
+    Alignment,
+    AlignmentSpec,
+    SparseSpec,
+    compressed_attention,
+    full_attention,
+    select_blocks,
+    sparse_attention,
+    ssa_attention,
+    window_attention,
+)
+from ssa.ops.dual.api import Stream
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, DocumentLayout], None]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What every layer does in this forward pass: the main stream, its documents, and the alignment if training."""
+
+    main: Stream
+    layout: DocumentLayout
+    spec: SparseSpec
+    alignment: AlignmentSpec | None
+
+
+@dataclass
+class SSAOutput(ModelOutput):
+    """Output of :class:`SSAForCausalLM`.
+
+    Attributes:
+        loss: cross-entropy + weighted alignment, with gradient; None without labels.
+        logits: ``[B, T, vocabulary]``.
+        cross_entropy: mean over the targets of this call in nats, detached.
+        alignment: the alignment term of ``loss``, detached; None where the method does not align.
+        sparsity_loss, commitment_loss, attention_sparsity: ``[layers]``, detached; None likewise.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    alignment: Tensor | None = None
+    sparsity_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    attention_sparsity: Tensor | None = None
+    past_key_values: None = field(default=None, repr=False)
+
+
+class SSAAttention(nn.Module):
+    """Grouped-query attention with RoPE, a sigmoid gate per head, and both streams on the same q, k, v."""
+
+    def __init__(self, config: SSAConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config, self.layer_index = config, layer_index
+        self.head_dim = int(config.head_dim or config.hidden_size // config.num_attention_heads)
+        self.branches = 3 if config.method == "nsa" else 1
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        wide, narrow = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+        if config.gated:
+            self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.branches, bias=False)
+        self.observer: Observer | None = None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
+        """``x [B, T, C]`` -> ``[B, T, C]`` and this layer's alignment."""
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast cos and sin are wider than the projections
+        if self.observer is not None:
+            self.observer(self.layer_index, q, k, v, call.layout)
+        gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
+        alignment = None
+        if self.branches == 3 and gate is not None:
+            out = self._nsa(q, k, v, gate, call)
+        elif call.alignment is not None:
+            out, alignment = ssa_attention(
+                q,
+                k,
+                v,
+                gate,
+                call.main,
+                spec=call.spec,
+                alignment=call.alignment,
+                layout=call.layout,
+            )
+        else:
+            out = self._single_stream(q, k, v, call)
+            if gate is not None:
+                out = out * gate[..., None].to(out.dtype)
+        return self.o_proj(out.flatten(2)), alignment
+
+    def _single_stream(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        if call.main == "full":
+            return full_attention(q, k, v, call.layout)
+        indices = select_blocks(q, k, call.spec, call.layout)
+        return sparse_attention(q, k, v, indices, call.spec.block_size, call.layout)
+
+    def _nsa(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, call: AttentionCall) -> Tensor:
+        """Sum of three gated branches: compression, selection, sliding window (in the gate's column order)."""
+        branches = (
+            compressed_attention(q, k, v, call.spec.block_size, call.layout),
+            self._single_stream(q, k, v, call),
+            window_attention(q, k, v, self.config.window_size, call.layout),
+        )
+        weights = gate.unflatten(-1, (-1, 3)).to(q.dtype)  # [B, T, H, 3]
+        return sum((out * weights[..., i, None] for i, out in enumerate(branches)), torch.zeros_like(q))
+
+
+class SSADecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and SwiGLU, each with a residual."""
+
+    def __init__(self, config: SSAConfig, layer_index: int) -> None:
+        super().__init__()
+        self.self_attn = SSAAttention(config, layer_index)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
+        """``x [B, T, C]`` -> ``[B, T, C]`` and the alignment, which a checkpointed layer returns exactly too."""
+        attended, alignment = self.self_attn(self.input_layernorm(x), rope, call)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), alignment
+
+
+class SSAPreTrainedModel(PreTrainedModel):
+    """Glue to transformers: configuration class, initialisation, saving and loading."""
+
+    config: SSAConfig
+    config_class = SSAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SSADecoderLayer"]  # noqa: RUF012  (transformers reads a list)
+
+
+class SSAModel(SSAPreTrainedModel):
+    """Embeddings, decoder layers and the last norm."""
+
+    def __init__(self, config: SSAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(SSADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, x: Tensor, call: AttentionCall) -> tuple[Tensor, list[Alignment]]:
+        """``x [B, T, C]`` embeddings -> last hidden states ``[B, T, C]`` and the alignment of each aligned layer."""
+        rope = self.rotary_emb(x, call.layout.positions(x.device))
+        alignments = []
+        for layer in self.layers:
+            x, alignment = layer(x, rope, call)
+            if alignment is not None:
+                alignments.append(alignment)
+        return self.norm(x), alignments
+
+
+class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
+    """The language model. See :meth:`forward` for training and :meth:`attention_mode` for inference."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: SSAConfig) -> None:
+        super().__init__(config)
+        self.model = SSAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        layout: DocumentLayout | None = None,
+        cu_seqlens: Tensor | None = None,
+        stream: str | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        alignment_scale: float = 1.0,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SSAOutput:
+        """Next-token logits, and the loss if labels are given.
+
+        Args:
+            input_ids: ``[B, T]``, or ``inputs_embeds [B, T, C]``.
+            attention_mask: ``[B, T]`` padding mask; position_ids: ``[B, T]``, which may mark packed documents;
+                layout, cu_seqlens: documents said outright. See :func:`ssa.model.inputs.resolve_documents`.
+            labels: ``[B, T]`` aligned with ``input_ids`` (the shift happens here), -100 to skip. A document's last
+                token has no target.
+            stream: training only: this step's main stream, ``"full"`` or ``"sparse"``. Where the method aligns, the
+                counterpart is computed too. None: run ``config.inference_mode``.
+            num_items_in_batch: divide the summed cross-entropy by this instead of the number of targets here.
+            alignment_scale: factor on the alignment term, for example this micro-batch's share of the step's rows.
+            logits_to_keep: only the last so many positions' logits (0: all).
+
+        Raises:
+            InputError: shapes, ids or documents that do not fit, an unknown stream.
+        """
+        if past_key_values is not None or use_cache:
+            raise InputError("SSAForCausalLM", "a key-value cache", "use_cache=False", "generate(..., use_cache=False)")
+        self._refuse_unknown(kwargs)
+        x = self._embed(input_ids, inputs_embeds)
+        layout = resolve_documents(x.shape[0], x.shape[1], layout, cu_seqlens, attention_mask, position_ids)
+        if layout.max_length > self.config.max_position_embeddings:
+            raise InputError(
+                "SSAForCausalLM",
+                f"a document of {layout.max_length} tokens",
+                f"at most max_position_embeddings = {self.config.max_position_embeddings}",
+                "RoPE scaling (rope_parameters) with a larger max_position_embeddings",
+            )
+        hidden, alignments = self.model(x, self._call(stream, layout))
+        if isinstance(logits_to_keep, int):
+            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        else:
+            hidden = hidden[:, logits_to_keep]
+        logits = self.lm_head(hidden)
+        output = SSAOutput(logits=logits)
+        if labels is not None:
+            self._cross_entropy(output, logits, labels, layout, num_items_in_batch)
+        if alignments:
+            self._add_alignment(output, alignments, alignment_scale)
+        return output
+
+    @staticmethod
+    def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+        """transformers passes a few keywords that change nothing here; any other is a mistake or asks for a feature."""
+        for name, value in kwargs.items():
+            if name not in ("return_dict", "cache_position") and value:
+                raise InputError("SSAForCausalLM", f"keyword {name}={value!r}", "keywords that its docstring lists")
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
+            raise InputError("SSAForCausalLM", "both or neither of input_ids and inputs_embeds", "one of them")
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise InputError("input_ids", f"{input_ids.dtype} {tuple(input_ids.shape)}", "integers [B, T]")
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            bad = (input_ids < 0) | (input_ids >= self.config.vocab_size)
+            if bool(bad.any()):
+                at = bad.nonzero()[0].tolist()
+                raise InputError(
+                    "input_ids", f"id {int(input_ids[tuple(at)])} at [B, T] {at}", f"0 <= id < {self.config.vocab_size}"
+                )
+        return self.model.embed_tokens(input_ids)
+
+    def _call(self, stream: str | None, layout: DocumentLayout) -> AttentionCall:
+        self.config.check()  # the mode and the budget may have been changed since construction
+        if stream not in (None, "full", "sparse"):
+            raise InputError("SSAForCausalLM.stream", repr(stream), "'full', 'sparse' or None")
+        if stream == "full" and self.config.method == "nsa":
+            raise InputError("SSAForCausalLM.stream", "'full' with method 'nsa'", "'sparse'")
+        aligns = stream is not None and bool(self.config.alignment_weight)
+        alignment = self.config.alignment_spec() if aligns else None
+        main = cast("Stream", stream or self.config.inference_mode)
+        return AttentionCall(main, layout, self.config.sparse_spec(), alignment)
+
+    @staticmethod
+    def _cross_entropy(
+        output: SSAOutput, logits: Tensor, labels: Tensor, layout: DocumentLayout, items: int | Tensor | None
+    ) -> None:
+        if labels.shape != logits.shape[:2]:
+            raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(logits.shape[:2])}")
+        targets = layout.next_token_labels(labels)
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # no target at all gives 0, not NaN
+        output.loss = total / (count if items is None else items)
+        output.cross_entropy = (total / count).detach()
+
+    @staticmethod
+    def _add_alignment(output: SSAOutput, alignments: list[Alignment], scale: float) -> None:
+        """Mean over layers of alpha * (sparsity + commitment), as the paper's L_align."""
+        term = torch.stack([a.loss for a in alignments]).mean() * scale
+        output.loss = term if output.loss is None else output.loss + term
+        output.alignment = term.detach()
+        output.sparsity_loss = torch.stack([a.sparsity for a in alignments])
+        output.commitment_loss = torch.stack([a.commitment for a in alignments])
+        output.attention_sparsity = torch.stack([a.attention_sparsity for a in alignments])
+
+    @contextmanager
+    def attention_mode(
+        self, mode: str | None = None, *, num_blocks: int | None = None, block_size: int | None = None
+    ) -> Iterator[SSAForCausalLM]:
+        """Run in another mode or at another budget inside a ``with``; the same as setting the config's keys.
+
+        Args:
+            mode: ``"full"`` or ``"sparse"``.
+            num_blocks: blocks per query of the sparse mode; block_size: tokens per block.
+
+        Raises:
+            ConfigError: unknown mode, impossible budget, full mode of an NSA model.
+        """
+        wanted = {"inference_mode": mode, "num_blocks": num_blocks, "block_size": block_size}
+        before = {key: getattr(self.config, key) for key in wanted}
+        try:
+            for key, value in wanted.items():
+                if value is not None:
+                    setattr(self.config, key, value)
+            self.config.check()
+            yield self
+        finally:
+            for key, value in before.items():
+                setattr(self.config, key, value)
+
+    @contextmanager
+    def observe_attention(self, observer: Observer) -> Iterator[None]:
+        """Call ``observer(layer, q, k, v, layout)`` for every attention layer, with q and k after RoPE."""
+        layers: list[SSAAttention] = [layer.self_attn for layer in self.model.layers]
+        try:
+            for attention in layers:
+                attention.observer = observer
+            yield
+        finally:
+            for attention in layers:
+                attention.observer = None
+
+
+AutoConfig.register("ssa", SSAConfig)
+AutoModelForCausalLM.register(SSAConfig, SSAForCausalLM)
