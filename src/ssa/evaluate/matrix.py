@@ -1,0 +1,128 @@
+"""One model in every mode and at every budget: the ``ssa.evaluation/1`` result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ssa.data.loader import Loader, PackedDataset
+from ssa.environment import commit, machine
+from ssa.errors import ConfigError
+from ssa.evaluate.perplexity import Setting, perplexity
+from ssa.evaluate.statistics import attention_statistics, selection_map
+from ssa.model import SSAForCausalLM
+from ssa.ops import SparseSpec
+
+SCHEMA = "ssa.evaluation/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate.
+
+    Attributes:
+        budgets: blocks per query of the sparse runs.
+        block_size: tokens per block; None takes the model's.
+        rows: validation rows for perplexity; None takes all.
+        statistics_rows: rows for the attention statistics, which cost more.
+        rows_per_batch: rows at a time.
+    """
+
+    budgets: Sequence[int]
+    block_size: int | None = None
+    rows: int | None = None
+    statistics_rows: int = 8
+    rows_per_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.budgets) < 1:
+            raise ConfigError("budgets", list(self.budgets), "block counts of at least 1")
+        for name in ("rows", "statistics_rows", "rows_per_batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(name, value, "at least 1")
+
+    def settings(self, model: SSAForCausalLM) -> list[Setting]:
+        """Full first (where the model can), then the budgets in rising order."""
+        size = self.block_size or model.config.block_size
+        full = [] if model.config.method == "nsa" else [Setting("full", size)]
+        return full + [Setting("sparse", size, n) for n in sorted(set(self.budgets))]
+
+
+def evaluate(
+    model: SSAForCausalLM,
+    dataset: PackedDataset,
+    plan: Plan,
+    *,
+    name: str,
+    facts: dict[str, Any] | None = None,
+    command: str = "",
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Perplexity of every setting, KL, attention statistics in both modes and a selection map.
+
+    Args:
+        model: any :class:`SSAForCausalLM`, on its device.
+        dataset: packed rows; see :mod:`ssa.data`.
+        plan: budgets and sizes.
+        name: how the model is called in tables.
+        facts: ``seed``, ``trained_tokens`` or None where unknown.
+        command: what produced this, for the record.
+        on_batch: progress callback, called ``batches * settings`` times.
+
+    Returns:
+        A JSON-able object of schema ``ssa.evaluation/1`` (docs/architecture.md).
+    """
+    config = model.config
+    rows = len(dataset) if plan.rows is None else min(plan.rows, len(dataset))
+
+    def batches(count: int) -> Loader:
+        return Loader(dataset, plan.rows_per_batch, shuffle=False, epochs=1, limit=count)
+
+    measured = perplexity(model, lambda: batches(rows), plan.settings(model), on_batch)
+    spec = SparseSpec(plan.block_size or config.block_size, config.num_blocks)
+    modes = ["sparse"] if config.method == "nsa" else ["full", "sparse"]
+    attention = []
+    for mode in modes:
+        statistics = attention_statistics(model, batches(min(rows, plan.statistics_rows)), spec, mode)
+        budget = {"mode": mode, "block_size": spec.block_size, "num_blocks": spec.num_blocks}
+        attention.append({**budget, "layers": statistics.rows(), "mean": statistics.mean()})
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine(),
+        "commit": commit(),
+        "model": {
+            "name": name,
+            "method": config.method,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": config.num_hidden_layers,
+            "seed": (facts or {}).get("seed"),
+            "trained_tokens": (facts or {}).get("trained_tokens"),
+            "block_size": config.block_size,
+            "num_blocks": config.num_blocks,
+        },
+        "data": {
+            "name": dataset.path.name,
+            "split": dataset.split,
+            "rows": rows,
+            "row_length": dataset.row_length,
+            "tokens": measured[0].tokens,
+        },
+        "runs": [m.row() for m in measured],
+        "attention": attention,
+        "selection_map": selection_map(model, next(iter(batches(1))), spec, layer=config.num_hidden_layers // 2),
+    }
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)
