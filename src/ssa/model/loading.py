@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ssa.errors import CheckpointError, ConfigError
 from ssa.model.configuration import SSAConfig
@@ -40,7 +41,7 @@ def load_model(
         raise CheckpointError(str(folder), got, "safetensors weights", "saving the model with save_pretrained")
     try:
         # transformers would initialise what is missing or misshapen and go on; its report is judged below
-        model, report = SSAForCausalLM.from_pretrained(
+        loaded: Any = SSAForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -49,8 +50,9 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(str(folder), str(error).splitlines()[0], "weights of this configuration") from error
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name if isinstance(name, str) else name[0] for name in report.get(kind) or ()):
             raise CheckpointError(
