@@ -40,7 +40,7 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the source tree that this package runs from, ``-dirty`` if changed; ``SSA_COMMIT`` overrides; or None."""
+    """Commit of the source tree that this package runs from (``-dirty`` if changed), ``SSA_COMMIT``, or None."""
     if told := os.environ.get("SSA_COMMIT"):
         return told
     here = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""The ``ssa`` command. Each subcommand lives in its own module, imported only when it runs, so ``--help`` is instant."""
+"""The ``ssa`` command. Each subcommand is a module that is imported only when it runs, so ``--help`` is instant."""
 
 from __future__ import annotations
 

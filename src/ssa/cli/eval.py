@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from ssa.evaluate import Plan
 
 
 def run(argv: list[str]) -> int:
@@ -24,50 +27,39 @@ def run(argv: list[str]) -> int:
         out: Annotated[Path | None, "result file; default MODEL/evaluation.json"] = None,
         device: Annotated[str, "auto, cpu, cuda"] = "auto",
     ) -> int:
-        """Evaluate the model of a run folder or model folder: perplexity in full mode and at each budget, KL(full || sparse),
-        AttnSparsity, dropped mass, entropy in bits, and the share of queries that meet Theorem 1's bound."""
+        """Evaluate the model of a run folder or model folder: perplexity in full mode and at each budget,
+        KL(full || sparse), AttnSparsity, dropped mass, entropy in bits, the share of queries that meet Theorem 1."""
+        from rich.console import Console
+
         from ssa.evaluate import Plan
+        from ssa.report import read_evaluation, render_table
 
         plan = Plan(budgets, block_size, rows, statistics_rows, rows_per_batch)
-        return evaluate_run(
-            model, data, plan, split, out or model / "evaluation.json", device, shlex.join(["ssa", "eval", *argv])
-        )
+        written = out or model / "evaluation.json"
+        evaluate_run(model, data, plan, split, written, device, shlex.join(["ssa", "eval", *argv]))
+        console = Console()
+        console.print(render_table([read_evaluation(written)]))
+        console.print(f"written to {written}", soft_wrap=True)
+        return 0
 
     return tyro.cli(command, args=argv, prog="ssa eval")
 
 
-def evaluate_run(model: Path, data: Path, plan, split: str, out: Path, device: str, command: str) -> int:  # type: ignore[no-untyped-def]
-    """Load, evaluate with a progress bar, write and print."""
-    import json
-
-    from rich.console import Console
+def evaluate_run(model: Path, data: Path, plan: Plan, split: str, out: Path, device: str, command: str) -> None:
+    """Evaluate a run folder or model folder with a progress bar, and write the result file ``out``."""
     from rich.progress import Progress
 
     from ssa.data.loader import PackedDataset
     from ssa.environment import default_device
-    from ssa.evaluate import evaluate, write_result
+    from ssa.evaluate import evaluate, run_facts, write_result
     from ssa.model import load_model
-    from ssa.report import read_evaluation, render_table
 
     network = load_model(model, device=default_device(device))
     dataset = PackedDataset(data, split)
-    facts_file = model / "run.json"
-    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+    facts = run_facts(model)
     rows = len(dataset) if plan.rows is None else min(plan.rows, len(dataset))
     total = -(-rows // plan.rows_per_batch) * len(plan.settings(network))
-    console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(transient=True) as progress:
         task = progress.add_task("evaluating", total=total)
-        result = evaluate(
-            network,
-            dataset,
-            plan,
-            name=facts.get("name", model.name),
-            facts=facts,
-            command=command,
-            on_batch=lambda: progress.advance(task),
-        )
+        result = evaluate(network, dataset, plan, facts=facts, command=command, on_batch=lambda: progress.advance(task))
     write_result(result, out)
-    console.print(render_table([read_evaluation(out)]))
-    console.print(f"written to {out}")
-    return 0

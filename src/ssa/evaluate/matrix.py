@@ -12,7 +12,7 @@ from typing import Any
 
 from ssa.data.loader import Loader, PackedDataset
 from ssa.environment import commit, machine
-from ssa.errors import ConfigError
+from ssa.errors import ConfigError, DataError
 from ssa.evaluate.perplexity import Setting, perplexity
 from ssa.evaluate.statistics import attention_statistics, selection_map
 from ssa.model import SSAForCausalLM
@@ -53,13 +53,35 @@ class Plan:
         return full + [Setting("sparse", size, n) for n in sorted(set(self.budgets))]
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a result says of the training run: its name, and seed and trained tokens where known."""
+
+    name: str
+    seed: int | None = None
+    trained_tokens: int | None = None
+
+
+def run_facts(folder: Path) -> RunFacts:
+    """Facts of a run folder, read from its ``metrics.jsonl``; a bare model folder has only its name."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return RunFacts(folder.resolve().name)
+    try:
+        events = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(str(metrics), f"unreadable metrics ({error})", "JSON lines that `ssa train` wrote") from error
+    start = next((e for e in events if e.get("event") == "start"), {})
+    tokens = [e["tokens"] for e in events if e.get("event") == "step" and "tokens" in e]
+    return RunFacts(start.get("name") or folder.name, start.get("seed"), max(tokens, default=None))
+
+
 def evaluate(
     model: SSAForCausalLM,
     dataset: PackedDataset,
     plan: Plan,
     *,
-    name: str,
-    facts: dict[str, Any] | None = None,
+    facts: RunFacts | None = None,
     command: str = "",
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -69,15 +91,14 @@ def evaluate(
         model: any :class:`SSAForCausalLM`, on its device.
         dataset: packed rows; see :mod:`ssa.data`.
         plan: budgets and sizes.
-        name: how the model is called in tables.
-        facts: ``seed``, ``trained_tokens`` or None where unknown.
+        facts: name, seed and tokens of the training run, see :func:`run_facts`.
         command: what produced this, for the record.
         on_batch: progress callback, called ``batches * settings`` times.
 
     Returns:
         A JSON-able object of schema ``ssa.evaluation/1`` (docs/architecture.md).
     """
-    config = model.config
+    config, facts = model.config, facts or RunFacts(model.config.method)
     rows = len(dataset) if plan.rows is None else min(plan.rows, len(dataset))
 
     def batches(count: int) -> Loader:
@@ -98,12 +119,12 @@ def evaluate(
         "machine": machine(),
         "commit": commit(),
         "model": {
-            "name": name,
+            "name": facts.name,
             "method": config.method,
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": config.num_hidden_layers,
-            "seed": (facts or {}).get("seed"),
-            "trained_tokens": (facts or {}).get("trained_tokens"),
+            "seed": facts.seed,
+            "trained_tokens": facts.trained_tokens,
             "block_size": config.block_size,
             "num_blocks": config.num_blocks,
         },

@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass
 class Measured:
-    """Result of one setting: summed negative log-likelihood in nats over ``tokens`` targets, seconds, KL(full || this)."""
+    """One setting's negative log-likelihood and KL(full || this), summed over ``tokens`` targets in nats, and seconds."""
 
     setting: Setting
     nll: float = 0.0
@@ -65,8 +65,8 @@ def perplexity(
 ) -> list[Measured]:
     """Run every setting on every batch.
 
-    Batch by batch, so that KL(full || sparse) of the next-token distributions needs one batch of logits at a time; it is
-    measured where ``settings`` has a full run first.
+    Batch by batch, so that KL(full || sparse) of the next-token distributions needs one batch of logits at a time; it
+    is measured where ``settings`` has a full run first.
 
     Args:
         model: the language model; its config is left as it was.

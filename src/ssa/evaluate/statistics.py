@@ -1,4 +1,4 @@
-"""Attention statistics of a model on text: AttnSparsity, dropped mass, entropy, Theorem 1, and which blocks are picked."""
+"""Attention statistics of a model on text: AttnSparsity, dropped mass, entropy, Theorem 1, selected blocks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AttentionStatistics:
 def attention_statistics(
     model: SSAForCausalLM, batches: Iterable[Any], spec: SparseSpec, mode: str
 ) -> AttentionStatistics:
-    """Statistics of every layer on ``batches`` (see ``ssa.data.loader.Batch``), with hidden states of ``mode``.
+    """Statistics of every layer on ``batches`` (``ssa.data.loader.Batch``), run in ``mode``.
 
     Whatever the mode, each layer's full attention is compared with the blocks that ``spec`` selects on the same q, k, v.
     """
