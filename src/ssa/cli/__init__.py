@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ssa: got command {argv[0]!r}; expected one of {', '.join(commands())}; try ssa --help", file=sys.stderr)
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         return int(import_module(f"ssa.cli.{argv[0]}").run(argv[1:]) or 0)
     except SSAError as error:

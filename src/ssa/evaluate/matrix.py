@@ -71,7 +71,7 @@ def run_facts(folder: Path) -> RunFacts:
         events = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(str(metrics), f"unreadable metrics ({error})", "JSON lines that `ssa train` wrote") from error
-    start = next((e for e in events if e.get("event") == "start"), {})
+    start: dict[str, Any] = next((e for e in events if e.get("event") == "start"), {})
     tokens = [e["tokens"] for e in events if e.get("event") == "step" and "tokens" in e]
     return RunFacts(start.get("name") or folder.name, start.get("seed"), max(tokens, default=None))
 

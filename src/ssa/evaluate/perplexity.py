@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass
 class Measured:
-    """One setting's negative log-likelihood and KL(full || this), summed over ``tokens`` targets in nats, and seconds."""
+    """One setting: negative log-likelihood and KL(full || this) summed over ``tokens`` targets, in nats."""
 
     setting: Setting
     nll: float = 0.0

@@ -49,7 +49,7 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Statistics of every layer on ``batches`` (``ssa.data.loader.Batch``), run in ``mode``.
 
-    Whatever the mode, each layer's full attention is compared with the blocks that ``spec`` selects on the same q, k, v.
+    In both modes each layer's full attention is compared with the blocks that ``spec`` selects on the same q, k, v.
     """
     layers = model.config.num_hidden_layers
     totals = torch.zeros(layers, len(STATISTICS), dtype=torch.float64)

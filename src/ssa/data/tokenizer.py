@@ -1,0 +1,62 @@
+"""Tokenizers: any Hugging Face one from a folder or the hub's cache, or a byte-level BPE trained on the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ssa.errors import ConfigError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+_BYTES = 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ``<|bos|>``, ``<|eos|>`` and ``<|pad|>``; any text comes back as it was.
+
+    Raises:
+        ConfigError: a vocabulary too small for the 256 bytes and the special tokens.
+    """
+    smallest = _BYTES + 3
+    if vocab_size < smallest:
+        raise ConfigError("vocab_size", vocab_size, f"at least {smallest}: every byte and three special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(name_or_path: str, *, download: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder, or by hub name from the local cache (``download=True`` may fetch it).
+
+    Never runs code from the folder.
+
+    Raises:
+        ConfigError: none found there.
+    """
+    try:
+        found = AutoTokenizer.from_pretrained(name_or_path, local_files_only=not download, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        hint = "a folder with tokenizer.json" if download else "a folder with tokenizer.json, or --download"
+        raise ConfigError(f"tokenizer {name_or_path}", reason, "a Hugging Face tokenizer", hint) from error
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise ConfigError(f"tokenizer {name_or_path}", type(found).__name__, "a fast tokenizer (tokenizer.json)")
+    return found
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the tokenizer's own description: equal ids for equal text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

@@ -1,0 +1,22 @@
+"""Reports from result files: ``evaluation.json`` and ``metrics.jsonl`` in, a table and one HTML page out.
+
+Reading and the table need no more than ``rich``; the page needs matplotlib and jinja2, imported when it is built.
+"""
+
+from ssa.report.build import build_report, write_report
+from ssa.report.results import Evaluation, Metrics, parse_evaluation, read_evaluation, read_metrics
+from ssa.report.runs import Run, discover
+from ssa.report.table import render_table
+
+__all__ = [
+    "Evaluation",
+    "Metrics",
+    "Run",
+    "build_report",
+    "discover",
+    "parse_evaluation",
+    "read_evaluation",
+    "read_metrics",
+    "render_table",
+    "write_report",
+]
