@@ -4,8 +4,27 @@ Train one language model under full and block-sparse attention, run it in either
 ``ssa.ops`` holds the attention operations (torch only), ``ssa.model`` the language model.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ssa._version import __version__
-from ssa.documents import DocumentLayout
 from ssa.errors import SSAError
 
-__all__ = ["DocumentLayout", "SSAError", "__version__"]
+if TYPE_CHECKING:
+    from ssa.documents import DocumentLayout
+    from ssa.model import SSAConfig, SSAForCausalLM, load_model
+
+__all__ = ["DocumentLayout", "SSAConfig", "SSAError", "SSAForCausalLM", "__version__", "load_model"]
+
+_HOMES = {  # imported on first use, so that `ssa --help` needs no torch and `ssa.ops` no transformers
+    "DocumentLayout": "ssa.documents",
+    "SSAConfig": "ssa.model",
+    "SSAForCausalLM": "ssa.model",
+    "load_model": "ssa.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ssa' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

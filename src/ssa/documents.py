@@ -69,7 +69,7 @@ class DocumentLayout:
     lengths: tuple[int, ...]
     batch: int
     tokens: int
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.tokens < 1:
@@ -111,18 +111,22 @@ class DocumentLayout:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Sequence[Sequence[int]]) -> DocumentLayout:
         """From the document lengths of one row, or of each row (rows must have equal sums)."""
+        where = "DocumentLayout.from_lengths"
         if not len(lengths):
-            raise InputError("DocumentLayout.from_lengths", "no lengths", "at least one document")
-        rows = cast("list[Sequence[int]]", [lengths] if isinstance(lengths[0], int) else list(lengths))
+            raise InputError(where, "no lengths", "at least one document")
+        rows = cast("list[Sequence[int]]", list(lengths) if isinstance(lengths[0], Sequence) else [lengths])
+        for i, row in enumerate(rows):
+            if not isinstance(row, Sequence) or not all(isinstance(n, int) for n in row):
+                raise InputError(where, f"{row!r} as row {i}", "document lengths as Python integers", "x.tolist()")
         sums = {sum(row) for row in rows}
         if len(sums) != 1:
             raise InputError(
-                "DocumentLayout.from_lengths",
+                where,
                 f"rows of {sorted(sums)} tokens",
                 "rows of equal length",
                 "padding the shorter rows with a document of their own",
             )
-        return cls(tuple(int(n) for row in rows for n in row), len(rows), sums.pop())
+        return cls(tuple(n for row in rows for n in row), len(rows), sums.pop())
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, batch: int = 1, tokens: int | None = None) -> DocumentLayout:
@@ -132,6 +136,8 @@ class DocumentLayout:
         Copies the values to the host once (a device synchronisation if they live on a GPU).
         """
         where = "DocumentLayout.from_cu_seqlens"
+        if batch < 1:
+            raise InputError(where, f"batch {batch}", "at least 1")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise InputError(where, f"shape {tuple(cu_seqlens.shape)}", "1-D with at least two entries")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -206,6 +212,8 @@ class DocumentLayout:
 
     def block_grid(self, block_size: int, device: torch.device | str = "cpu") -> BlockGrid:
         """The grid of blocks of ``block_size`` tokens over all documents of the batch."""
+        if block_size < 1:
+            raise InputError("DocumentLayout.block_grid.block_size", block_size, "at least 1")
 
         def make() -> BlockGrid:
             lengths = torch.tensor(self.lengths)

@@ -43,21 +43,13 @@ def attention_sparsity(lse_sparse: Tensor, lse_full: Tensor) -> Tensor:
 
     Both ``[B, T, H]`` natural-log log-sum-exps of the same logits.
     """
-    if lse_sparse.shape != lse_full.shape:
-        raise InputError(
-            "attention_sparsity",
-            f"shapes {tuple(lse_sparse.shape)} and {tuple(lse_full.shape)}",
-            "equal shapes",
-        )
+    _check_same("attention_sparsity", lse_sparse, lse_full)
     return (lse_sparse - lse_full).exp().clamp(max=1.0)
 
 
 def dropped_mass(lse_sparse: Tensor, lse_full: Tensor) -> Tensor:
     """``delta = 1 - AttnSparsity``, computed without cancellation; arguments as :func:`attention_sparsity`."""
-    if lse_sparse.shape != lse_full.shape:
-        raise InputError(
-            "dropped_mass", f"shapes {tuple(lse_sparse.shape)} and {tuple(lse_full.shape)}", "equal shapes"
-        )
+    _check_same("dropped_mass", lse_sparse, lse_full)
     return -torch.expm1((lse_sparse - lse_full).clamp(max=0.0))
 
 
@@ -100,7 +92,7 @@ def error_bound(
     """Both sides of Theorem 1 for every query and head. Arguments as :func:`ssa.ops.sparse_attention`."""
     where = "error_bound"
     check_qkv(where, q, k, v)
-    layout = resolve_layout(where, q, layout)
+    layout, scale = resolve_layout(where, q, layout), resolve_scale(where, q, scale)
     check_block_indices(where, block_indices, k, block_size, layout)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -129,6 +121,16 @@ def largest_dropped_value(v: Tensor, block_indices: Tensor, block_size: int, lay
             past = norms[:, : chunk.stop].transpose(1, 2)[:, None]  # [n, 1, K, l]
             out_[:, chunk] = past.masked_fill(~kept_out, 0.0).amax(-1)
     return out
+
+
+def _check_same(where: str, lse_sparse: Tensor, lse_full: Tensor) -> None:
+    for what, a, b in (
+        ("shape", tuple(lse_sparse.shape), tuple(lse_full.shape)),
+        ("dtype", lse_sparse.dtype, lse_full.dtype),
+        ("device", lse_sparse.device, lse_full.device),
+    ):
+        if a != b:
+            raise InputError(where, f"lse_sparse of {what} {a} and lse_full of {b}", f"the same {what}")
 
 
 def _query_chunks(run: tuple[int, int, int], heads: int) -> list[slice]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssa.documents import DocumentLayout
 from ssa.errors import InputError
+from ssa.ops.spec import BLOCK_SIZES, is_integer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,7 +41,7 @@ def check_qkv(where: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None
             raise InputError(
                 where, f"q {tuple(q.shape)} and {name} {tuple(x.shape)}", "equal B, T and head dimension D"
             )
-        if x is not q and x.shape[2] != k.shape[2]:
+        if name != "q" and x.shape[2] != k.shape[2]:
             raise InputError(
                 where, f"k with {k.shape[2]} heads and {name} with {x.shape[2]}", "equal numbers of KV heads"
             )
@@ -61,6 +62,10 @@ def resolve_layout(where: str, q: Tensor, layout: DocumentLayout | None) -> Docu
     """The given layout, checked against ``q``, or one document per row."""
     if layout is None:
         return DocumentLayout.single(q.shape[0], q.shape[1])
+    if not isinstance(layout, DocumentLayout):
+        raise InputError(
+            f"{where}.layout", type(layout).__name__, "a DocumentLayout or None", "DocumentLayout.from_cu_seqlens"
+        )
     layout.check(q, where)
     return layout
 
@@ -74,8 +79,17 @@ def resolve_scale(where: str, q: Tensor, scale: float | None) -> float:
     return float(scale)
 
 
+def check_positive(where: str, value: int) -> None:
+    """``value`` is an integer of at least 1."""
+    if not is_integer(value) or value < 1:
+        raise InputError(where, repr(value), "an integer of at least 1")
+
+
 def check_block_indices(where: str, block_indices: Tensor, k: Tensor, block_size: int, layout: DocumentLayout) -> None:
-    """``block_indices [B, T, K, n]``: integers; -1 or a block of the query's document that is not in its future."""
+    """``block_indices [B, T, K, n]``: integers; -1 or a block of the query's document that is not in its future; none
+    twice (its tokens would count twice in the softmax)."""
+    if not is_integer(block_size) or block_size not in BLOCK_SIZES:
+        raise InputError(f"{where}.block_size", repr(block_size), f"an integer out of {BLOCK_SIZES}")
     where = f"{where}.block_indices"
     if block_indices.dtype not in (torch.int32, torch.int64):
         raise InputError(where, f"dtype {block_indices.dtype}", "int32 or int64")
@@ -107,4 +121,13 @@ def check_block_indices(where: str, block_indices: Tensor, k: Tensor, block_size
             where,
             f"no block at all for [B, T, K] {empty.nonzero()[0].tolist()}",
             "at least the own block for every query",
+        )
+    ascending = block_indices.sort(-1).values
+    twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
+    if bool(twice.any()):
+        at = twice.nonzero()[0].tolist()
+        raise InputError(
+            where,
+            f"block {int(ascending[tuple(at)])} more than once at [B, T, K] {at[:3]}",
+            "each block at most once (-1 fills unused slots)",
         )

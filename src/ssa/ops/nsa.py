@@ -9,13 +9,14 @@ S block size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssa.documents import DocumentLayout, run_view
-from ssa.errors import InputError
-from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
+from ssa.ops.checks import check_positive, check_qkv, resolve_layout, resolve_scale
 
 CHUNK_ELEMENTS = 1 << 24
 
@@ -36,8 +37,7 @@ def compressed_attention(
     where = "compressed_attention"
     check_qkv(where, q, k, v)
     layout, scale = resolve_layout(where, q, layout), resolve_scale(where, q, scale)
-    if block_size < 1:
-        raise InputError(f"{where}.block_size", block_size, "at least 1")
+    check_positive(f"{where}.block_size", block_size)
     outputs = []
     for run in layout.runs():
         query, key, value = (run_view(x, run) for x in (q, k, v))
@@ -48,8 +48,11 @@ def compressed_attention(
         pooled_k, pooled_v = (
             x[:, : blocks * block_size].unflatten(1, (blocks, block_size)).mean(2) for x in (key, value)
         )
-        position = torch.arange(run[2], device=q.device)
-        visible = torch.arange(blocks, device=q.device) < ((position + 1) // block_size)[:, None]
+        position, block = torch.arange(run[2], device=q.device), torch.arange(blocks, device=q.device)
+
+        def visible(rows: slice, position: Tensor = position, block: Tensor = block) -> Tensor:
+            return block < ((position[rows] + 1) // block_size)[:, None]
+
         outputs.append(_masked_attention(query, pooled_k, pooled_v, visible, scale).flatten(0, 1))
     return torch.cat(outputs).view_as(q)
 
@@ -70,37 +73,42 @@ def window_attention(
     where = "window_attention"
     check_qkv(where, q, k, v)
     layout, scale = resolve_layout(where, q, layout), resolve_scale(where, q, scale)
-    if window < 1:
-        raise InputError(f"{where}.window", window, "at least 1")
+    check_positive(f"{where}.window", window)
     outputs = []
     for run in layout.runs():
         query, key, value = (run_view(x, run) for x in (q, k, v))
         position = torch.arange(run[2], device=q.device)
-        distance = position[:, None] - position
-        outputs.append(_masked_attention(query, key, value, (distance >= 0) & (distance < window), scale).flatten(0, 1))
+
+        def visible(rows: slice, position: Tensor = position) -> Tensor:
+            distance = position[rows, None] - position
+            return (distance >= 0) & (distance < window)
+
+        outputs.append(_masked_attention(query, key, value, visible, scale).flatten(0, 1))
     return torch.cat(outputs).view_as(q)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """``q [n, L, H, D]`` over ``k, v [n, M, K, D]`` where ``visible [L, M]``; rows that see nothing give 0."""
+Visible = Callable[[slice], Tensor]  # query rows -> bool [rows, M]; made per chunk, so that no [L, M] tensor exists
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
+    """``q [n, L, H, D]`` over ``k, v [n, M, K, D]`` where ``visible``; rows that see nothing give 0."""
     n, L, H, _ = q.shape
     step = max(1, CHUNK_ELEMENTS // (n * H * k.shape[1]))
     chunks = []
     for first in range(0, L, step):
         part = slice(first, first + step)
         if step >= L:
-            return _masked_chunk(q, k, v, visible, scale)
-        chunks.append(checkpoint(_masked_chunk, q[:, part], k, v, visible[part], scale, use_reentrant=False))
+            return _masked_chunk(q, k, v, visible, part, scale)
+        chunks.append(checkpoint(_masked_chunk, q[:, part], k, v, visible, part, scale, use_reentrant=False))
     return torch.cat(chunks, 1)
 
 
-def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Visible, rows: slice, scale: float) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     query = q.to(wide).unflatten(2, (k.shape[2], -1))
     logits = torch.einsum("nckgd,nmkd->nkgcm", query, k.to(wide)) * scale
-    sees = visible.any(-1, keepdim=True)
-    logits = logits.masked_fill(
-        ~(visible | ~sees), float("-inf")
-    )  # a row that sees nothing stays finite, then becomes 0
+    mask = visible(rows)
+    sees = mask.any(-1, keepdim=True)
+    logits = logits.masked_fill(sees & ~mask, float("-inf"))  # a row that sees nothing stays finite, then becomes 0
     probability = logits.softmax(-1) * sees
     return torch.einsum("nkgcm,nmkd->nckgd", probability, v.to(wide)).flatten(2, 3).to(q.dtype)

@@ -11,6 +11,11 @@ SelectionRule = Literal["exact", "official"]
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+def is_integer(value: object) -> bool:
+    """True for an ``int`` proper: neither a ``bool`` nor a float that happens to be whole."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class SparseSpec:
     """Budget and rule of block selection (paper section 3). Immutable, validated at construction.
@@ -32,15 +37,16 @@ class SparseSpec:
     rule: SelectionRule = "exact"
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise InputError("SparseSpec.block_size", self.block_size, f"one of {BLOCK_SIZES}")
-        if not isinstance(self.num_blocks, int) or self.num_blocks < 1:
-            raise InputError("SparseSpec.num_blocks", self.num_blocks, "an integer of at least 1")
-        if self.first_blocks < 0 or self.local_blocks < 1:
+        if not is_integer(self.block_size) or self.block_size not in BLOCK_SIZES:
+            raise InputError("SparseSpec.block_size", repr(self.block_size), f"an integer out of {BLOCK_SIZES}")
+        if not is_integer(self.num_blocks) or self.num_blocks < 1:
+            raise InputError("SparseSpec.num_blocks", repr(self.num_blocks), "an integer of at least 1")
+        forced = (self.first_blocks, self.local_blocks)
+        if not all(map(is_integer, forced)) or self.first_blocks < 0 or self.local_blocks < 1:
             raise InputError(
                 "SparseSpec",
-                f"first_blocks {self.first_blocks}, local_blocks {self.local_blocks}",
-                "first_blocks >= 0 and local_blocks >= 1 (the own block is always read)",
+                f"first_blocks {self.first_blocks!r}, local_blocks {self.local_blocks!r}",
+                "integers first_blocks >= 0 and local_blocks >= 1 (the own block is always read)",
             )
         if self.first_blocks + self.local_blocks > self.num_blocks:
             raise InputError(
@@ -52,6 +58,13 @@ class SparseSpec:
         if self.rule not in get_args(SelectionRule):
             raise InputError("SparseSpec.rule", repr(self.rule), f"one of {get_args(SelectionRule)}")
         if self.rule == "official":
+            if self.block_size < 2:
+                raise InputError(
+                    "SparseSpec.block_size",
+                    self.block_size,
+                    "at least 2 under rule 'official' (its merge keeps block_size / 2 old and new blocks)",
+                    "rule='exact'",
+                )
             if self.num_blocks > self.block_size:
                 raise InputError(
                     "SparseSpec.num_blocks",
@@ -59,7 +72,7 @@ class SparseSpec:
                     f"at most block_size = {self.block_size} under rule 'official' (its merge buffer)",
                     "rule='exact'",
                 )
-            if (self.first_blocks, self.local_blocks) != (0, 1):
+            if forced != (0, 1):
                 raise InputError(
                     "SparseSpec",
                     "forced blocks with rule 'official'",

@@ -35,8 +35,8 @@ class AlignmentSpec:
     directions: Directions = "both"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise InputError("AlignmentSpec.weight", self.weight, "a finite number of at least 0")
+        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < float("inf"):
+            raise InputError("AlignmentSpec.weight", repr(self.weight), "a finite number of at least 0")
         for name, allowed in (("distance", Distance), ("align_on", AlignOn), ("directions", Directions)):
             if getattr(self, name) not in get_args(allowed):
                 raise InputError(f"AlignmentSpec.{name}", repr(getattr(self, name)), f"one of {get_args(allowed)}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssa.documents import DocumentLayout
 from ssa.errors import InputError
 from ssa.ops.bound import attention_sparsity
+from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
 from ssa.ops.dual.alignment import Alignment, AlignmentSpec, align
 from ssa.ops.full.api import full_attention
 from ssa.ops.selection.api import select_blocks
@@ -55,12 +56,14 @@ def ssa_attention(
     """
     if main not in ("full", "sparse"):
         raise InputError("ssa_attention.main", repr(main), "'full' or 'sparse'")
-    if gate is not None and (gate.shape != q.shape[:3] or gate.device != q.device):
+    check_qkv("ssa_attention", q, k, v)
+    if gate is not None and (gate.shape != q.shape[:3] or gate.device != q.device or not gate.is_floating_point()):
         raise InputError(
             "ssa_attention.gate",
-            f"shape {tuple(gate.shape)} on {gate.device}",
-            f"[B, T, H] = {tuple(q.shape[:3])} on {q.device}",
+            f"{gate.dtype} of shape {tuple(gate.shape)} on {gate.device}",
+            f"floating point [B, T, H] = {tuple(q.shape[:3])} on {q.device}",
         )
+    layout, scale = resolve_layout("ssa_attention", q, layout), resolve_scale("ssa_attention", q, scale)
     spec, alignment = spec or SparseSpec(), alignment or AlignmentSpec()
     if block_indices is None:
         block_indices = select_blocks(q, k, spec, layout, scale=scale, backend=backend)

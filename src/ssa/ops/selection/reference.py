@@ -91,6 +91,7 @@ def _keep_official(score: Tensor, block: Tensor, own: Tensor, S: int) -> Tensor:
     for part in (newest, ~newest):
         masked = score.masked_fill(~part[:, None], float("-inf"))
         best = masked.sort(dim=-1, descending=True, stable=True).indices[..., : S // 2]
-        kept.scatter_(-1, best, True)
+        # a part with fewer than S/2 candidates fills up with -inf entries of the other part
+        kept |= torch.zeros_like(kept).scatter_(-1, best, True) & part[:, None]
     one_chunk = (own < S)[..., None]
     return score.masked_fill(~(kept | one_chunk), float("-inf"))

@@ -50,8 +50,10 @@ class _SparseAttention(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(B, T, H, dtype=wide, device=q.device)
         q_, k_, v_, i_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices))
-        for chunk, rows, visible in _gather_plan(i_, S, layout, D):
-            logits, value = _logits(q_[chunk], k_, rows, visible, scale, wide), _take(v_, rows).to(wide)
+        K = k.shape[2]
+        for chunk, entries, visible in _gather_plan(i_, S, layout, D):
+            key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
+            logits = _logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
             chunk_lse = logits.logsumexp(-1)  # [c, K, G]
             probability = (logits - chunk_lse[..., None]).exp()
             out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
@@ -72,16 +74,15 @@ class _SparseAttention(torch.autograd.Function):
         dq = torch.empty(B * T, H, D, dtype=lse.dtype, device=q.device)
         dk = torch.zeros(B * T * K, D, dtype=lse.dtype, device=q.device)
         dv = torch.zeros_like(dk)
-        for chunk, rows, visible in _gather_plan(i_, S, layout, D):
-            key, value = _take(k_, rows).to(lse.dtype), _take(v_, rows).to(lse.dtype)
+        for chunk, entries, visible in _gather_plan(i_, S, layout, D):
+            key, value = _take(k_, entries).to(lse.dtype), _take(v_, entries).to(lse.dtype)
             query, d_o, o = (_grouped(x[chunk], K).to(lse.dtype) for x in (q_, do_, o_))  # [c, K, G, D]
-            logits = _logits(q_[chunk], k_, rows, visible, scale, lse.dtype)
+            logits = _logits(query, key, visible, scale)
             probability = (logits - _grouped(lse.view(B * T, H)[chunk], K)[..., None]).exp()  # [c, K, G, M]
             d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
             dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
-            target = (rows * K + torch.arange(K, device=q.device)[:, None]).flatten()
-            dk.index_add_(0, target, ((d_logits.mT @ query) * scale).flatten(0, 2))
-            dv.index_add_(0, target, (probability.mT @ d_o).flatten(0, 2))
+            dk.index_add_(0, entries.flatten(), ((d_logits.mT @ query) * scale).flatten(0, 2))
+            dv.index_add_(0, entries.flatten(), (probability.mT @ d_o).flatten(0, 2))
         return (
             dq.view_as(q).to(q.dtype),
             dk.view_as(k).to(k.dtype),
@@ -94,9 +95,14 @@ class _SparseAttention(torch.autograd.Function):
 
 
 def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Per chunk of queries: which queries, the flat rows ``[c, K, M]`` of their keys, and which of those count."""
+    """Per chunk of queries: which queries, their keys ``[c, K, M]`` as entries of the flat ``[N*K, D]``, which count.
+
+    Keys that do not count point at the query's own row: they get probability 0, and 0 times the NaN of a row that
+    belongs to another document would be NaN.
+    """
     N, K, n = indices.shape
     start, position = layout.starts(indices.device).view(-1), layout.positions(indices.device).view(-1)
+    head = torch.arange(K, device=indices.device)[:, None]
     inside = torch.arange(S, device=indices.device)
     step = max(1, CHUNK_ELEMENTS // (K * n * S * D))
     for first in range(0, N, step):
@@ -104,12 +110,13 @@ def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Ite
         block = indices[chunk].long()[..., None]  # [c, K, n, 1]
         key_position = (block * S + inside).flatten(2)  # [c, K, M] inside the document
         visible = (block >= 0).expand(-1, -1, -1, S).flatten(2) & (key_position <= position[chunk, None, None])
-        yield chunk, torch.where(visible, key_position + start[chunk, None, None], 0), visible
+        rows = torch.where(visible, key_position, position[chunk, None, None]) + start[chunk, None, None]
+        yield chunk, rows * K + head, visible
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """``x [N, K, D]`` at ``rows [c, K, M]`` of each KV head: ``[c, K, M, D]``."""
-    return x[rows, torch.arange(x.shape[1], device=x.device)[:, None]]
+def _take(x: Tensor, entries: Tensor) -> Tensor:
+    """``x [N, K, D]`` at the flat ``entries [c, K, M]``: ``[c, K, M, D]``."""
+    return x.reshape(-1, x.shape[2]).index_select(0, entries.flatten()).view(*entries.shape, -1)
 
 
 def _grouped(x: Tensor, K: int) -> Tensor:
@@ -117,7 +124,6 @@ def _grouped(x: Tensor, K: int) -> Tensor:
     return x.unflatten(1, (K, -1))
 
 
-def _logits(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+def _logits(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Scaled logits ``[c, K, G, M]``, -inf where not visible."""
-    logits = (_grouped(q, k.shape[1]).to(wide) @ _take(k, rows).to(wide).mT) * scale
-    return logits.masked_fill(~visible[:, :, None], float("-inf"))
+    return ((query @ key.mT) * scale).masked_fill(~visible[:, :, None], float("-inf"))

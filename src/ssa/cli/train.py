@@ -1,0 +1,103 @@
+"""``ssa train RECIPE``: train a recipe, or resume it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ssa.errors import ConfigError
+from ssa.train.recipe import Recipe
+
+HELP = "train a recipe, or resume it"
+
+_DESCRIPTION = """Train a recipe, or resume it. RECIPE comes first: a YAML file, or a shipped name such as
+quickstart/ssa. The options are the recipe's keys; their defaults are the recipe's values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What the command line says.
+
+    Attributes:
+        recipe: YAML file or shipped name.
+        resume: go on with the run in --out from its newest checkpoint, or from the checkpoint at this path.
+        dry_run: print the resolved recipe and its size, and stop.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    resume: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""
+    dry_run: bool = False
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = field()
+
+
+def run(argv: list[str]) -> int:
+    """Parse ``argv``, train, and return the exit code: 0, or 143 and 130 after SIGTERM and SIGINT."""
+    command = parse(argv)
+    if command.dry_run:
+        print(summarise(command.settings))
+        return 0
+    from ssa.train.loop import train
+
+    outcome = train(command.settings, resume=command.resume or None)
+    if outcome.reason == "finished":
+        print(f"{outcome.folder / 'model'}: trained for {outcome.step} steps. Next: ssa eval {outcome.folder}")
+    else:
+        print(f"{outcome.folder}: saved after step {outcome.step} on {outcome.reason}. Go on with --resume")
+    return outcome.exit_code
+
+
+def parse(argv: list[str]) -> Command:
+    """The command with the recipe's values as defaults of the flags.
+
+    Raises:
+        ConfigError: no recipe, or values that the recipe's checks refuse.
+        SystemExit: from tyro; 2 for an unknown flag or an ill-typed value, 0 after ``--help``.
+    """
+    from ssa.train.recipe_file import load_recipe, shipped_recipes
+
+    wants_help = "-h" in argv or "--help" in argv
+    named = bool(argv) and not argv[0].startswith("-")
+    if not named and not wants_help:
+        expected = f"a YAML file or one of {', '.join(shipped_recipes())}"
+        raise ConfigError("first argument", argv[0] if argv else "no recipe", expected)
+    name = argv[0] if named else "quickstart/ssa"
+    default = Command(recipe=name, settings=load_recipe(name))
+    return tyro.cli(Command, args=_spell_out_resume(argv), default=default, prog="ssa train", description=_DESCRIPTION)
+
+
+def _spell_out_resume(argv: list[str]) -> list[str]:
+    """``--resume`` without a path means the latest checkpoint; tyro has no flags with an optional value."""
+    spelt = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        spelt.append(argument)
+        if argument == "--resume" and following.startswith("--"):
+            spelt.append("latest")
+    return spelt
+
+
+def summarise(recipe: Recipe) -> str:
+    """The resolved recipe with the size of its model and of its training, as text. Builds no weights."""
+    import torch
+
+    from ssa.model import SSAForCausalLM
+    from ssa.train.loop import open_dataset
+    from ssa.train.recipe_file import dump_recipe
+
+    prepared = Path(recipe.data.path).is_dir()
+    vocabulary = open_dataset(recipe, "train").vocab_size if prepared else None
+    parameters = "unknown until the data is prepared (model.vocab_size is not given)"
+    if recipe.model.vocab_size or vocabulary:
+        with torch.device("meta"):
+            parameters = f"{SSAForCausalLM(recipe.model_config(vocabulary)).num_parameters():,}"
+    lines = [
+        dump_recipe(recipe),
+        f"parameters       {parameters}",
+        f"steps            {recipe.steps:,} ({recipe.warmup_steps:,} of them warm-up)",
+        f"tokens per step  {recipe.tokens_per_step:,}",
+        f"tokens           {recipe.steps * recipe.tokens_per_step:,}",
+        f"data             {recipe.data.path}{'' if prepared else ' (not there yet: ssa prepare)'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,315 @@
+"""Both streams and their alignment: where every gradient goes, and what the numbers are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oracles import all_blocks, causal_mask, dense_attention, leaves, qkv, random_indices, selected_mask
+from ssa.documents import DocumentLayout
+from ssa.ops import AlignmentSpec, SparseSpec, full_attention, select_blocks, sparse_attention, ssa_attention
+from ssa.ops.dual import api
+from ssa.ops.dual.alignment import align
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+LAYOUT = DocumentLayout.from_lengths([[9, 1, 16], [26]])
+S = 4
+MAINS = ["full", "sparse"]
+DIRECTIONS = ["both", "sparsity", "commitment"]
+DISTANCES = ["smooth_l1", "l2"]
+
+
+def case(dtype: Any = torch.float64, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Leaves q, k, v, gate of 4 query and 2 KV heads, and block indices that drop much."""
+    q, k, v = qkv(LAYOUT, 4, 2, 5, dtype, seed)
+    gate = torch.rand(q.shape[:3], dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return leaves(q, k, 3 * v, gate), random_indices(LAYOUT, 2, 2, S, seed)  # 3 v: some differences exceed 1
+
+
+def dense_streams(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5
+    full = dense_attention(q, k, v, causal_mask(LAYOUT), scale).out
+    return full, dense_attention(q, k, v, selected_mask(indices, S, LAYOUT), scale).out
+
+
+def run(inputs: list[Tensor], indices: Tensor, main: str = "full", gated: bool = True, **alignment: Any) -> Any:
+    q, k, v, gate = inputs
+    return ssa_attention(
+        q,
+        k,
+        v,
+        gate if gated else None,
+        main,  # type: ignore[arg-type]
+        spec=SparseSpec(S, 2),
+        alignment=AlignmentSpec(**alignment),
+        layout=LAYOUT,
+        block_indices=indices,
+    )
+
+
+def grads(inputs: list[Tensor], value: Tensor) -> list[Tensor]:
+    """Gradients, zeros where an input has none."""
+    found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+# ---------------------------------------------------------------------- align on leaves
+def test_distances_by_hand() -> None:
+    full, sparse = torch.tensor([0.0, 2.0]), torch.tensor([0.5, 0.0])
+    # smooth L1: .5**2 / 2 and 2 - 1/2, mean .8125; L2: .25 and 4, mean 2.125
+    loss, sparsity, commitment = align(full, sparse, AlignmentSpec(weight=10))
+    assert (float(loss), float(sparsity), float(commitment)) == (16.25, 0.8125, 0.8125)
+    loss, sparsity, commitment = align(full, sparse, AlignmentSpec(weight=1, distance="l2", directions="sparsity"))
+    assert (float(loss), float(sparsity), float(commitment)) == (2.125, 2.125, 2.125)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_align_is_pytorchs_loss(distance: str, directions: str) -> None:
+    full, sparse = (3 * torch.randn(2, 5, 4, 3) for _ in range(2))
+    theirs = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[distance](full, sparse)
+    loss, sparsity, commitment = align(full, sparse, AlignmentSpec(7.0, distance, "raw", directions))  # type: ignore[arg-type]
+    assert torch.equal(sparsity, theirs)
+    assert torch.equal(commitment, theirs)
+    assert torch.equal(loss, 7.0 * (2 if directions == "both" else 1) * theirs)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_each_direction_reaches_exactly_one_stream(distance: str) -> None:
+    reached = {}
+    for directions in DIRECTIONS:
+        full, sparse = leaves(3 * torch.randn(4, 3), 3 * torch.randn(4, 3))
+        align(full, sparse, AlignmentSpec(1.0, distance, "raw", directions))[0].backward()  # type: ignore[arg-type]
+        reached[directions] = [x.grad is not None and bool((x.grad != 0).any()) for x in (full, sparse)]
+    assert reached == {"both": [True, True], "sparsity": [True, False], "commitment": [False, True]}
+
+
+def test_gradient_of_each_direction_by_hand() -> None:
+    full, sparse = leaves(torch.tensor([0.0, 2.0, -3.0, 0.0]), torch.tensor([0.5, 0.0, 0.0, 0.0]))
+    align(full, sparse, AlignmentSpec(weight=8))[0].backward()
+    assert full.grad.tolist() == [-1.0, 2.0, -2.0, 0.0]  # weight / N * clamp(difference, -1, 1)
+    assert sparse.grad.tolist() == [1.0, -2.0, 2.0, 0.0]
+
+
+def test_alignment_is_measured_in_float32() -> None:
+    full, sparse = leaves(*(torch.randn(40, 3).to(torch.bfloat16) for _ in range(2)))
+    loss, *_ = align(full, sparse, AlignmentSpec(weight=1, directions="sparsity"))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, F.smooth_l1_loss(full.float(), sparse.float()))
+    assert align(full.double(), sparse.double(), AlignmentSpec())[0].dtype == torch.float64
+
+
+# ---------------------------------------------------------------------- values of the whole operation
+@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_returns_the_main_stream(main: str, gated: bool) -> None:
+    (q, k, v, gate), indices = case()
+    out, _ = run([q, k, v, gate], indices, main, gated)
+    stream = dense_streams(q, k, v, indices)[MAINS.index(main)]
+    torch.testing.assert_close(out, stream * gate[..., None] if gated else stream, **EXACT)
+
+
+@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("align_on", ["gated", "raw"])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_alignment_and_its_gradients(main: str, align_on: str, distance: str, directions: str) -> None:
+    """Value and gradients of the loss alone, the main output unused, against dense streams with detached targets."""
+    inputs, indices = case()
+    q, k, v, gate = inputs
+    _, alignment = run(inputs, indices, main, distance=distance, align_on=align_on, directions=directions, weight=4.0)
+    full, sparse = dense_streams(q, k, v, indices)
+    if align_on == "gated":
+        full, sparse = full * gate[..., None], sparse * gate[..., None]
+    distance_of = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
+    parts = {"sparsity": distance_of(full, sparse.detach()), "commitment": distance_of(sparse, full.detach())}
+    loss = 4.0 * (sum(parts.values()) if directions == "both" else parts[directions])
+    torch.testing.assert_close(alignment.loss, loss, **EXACT)
+    torch.testing.assert_close(alignment.sparsity, parts["sparsity"].detach(), **EXACT)
+    torch.testing.assert_close(alignment.commitment, parts["commitment"].detach(), **EXACT)
+    for x, y in zip(grads(inputs, alignment.loss), grads(inputs, loss), strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
+
+
+@pytest.mark.parametrize("align_on", ["gated", "raw"])
+def test_the_gate_learns_from_the_alignment_only_if_gated(align_on: str) -> None:
+    inputs, indices = case()
+    out, alignment = run(inputs, indices, align_on=align_on)
+    assert bool((grads(inputs, alignment.loss)[3] != 0).any()) == (align_on == "gated")
+    assert (grads(inputs, out.sum())[3] != 0).all(), "and always from the main stream"
+
+
+def test_raw_and_gated_agree_without_a_gate() -> None:
+    inputs, indices = case()
+    losses = [run(inputs, indices, gated=False, align_on=on)[1].loss for on in ("gated", "raw")]
+    assert torch.equal(*losses)
+
+
+def test_weight_scales_loss_and_gradient_but_not_the_reported_parts() -> None:
+    inputs, indices = case()
+    (_, one), (_, eight), (_, zero) = (run(inputs, indices, weight=w) for w in (1.0, 8.0, 0.0))
+    assert torch.equal(8 * one.loss, eight.loss)
+    assert torch.equal(one.sparsity, eight.sparsity)
+    assert torch.equal(one.sparsity, zero.sparsity)
+    assert zero.loss.item() == 0
+    for x, y in zip(grads(inputs, one.loss), grads(inputs, eight.loss), strict=True):
+        torch.testing.assert_close(8 * x, y, rtol=1e-14, atol=0)
+
+
+def test_attention_sparsity_is_the_mean_mass_on_the_selected_tokens() -> None:
+    inputs, indices = case()
+    _, alignment = run(inputs, indices)
+    probability = dense_attention(*inputs[:3], causal_mask(LAYOUT), 5**-0.5).probability
+    mask = selected_mask(indices, S, LAYOUT).repeat_interleave(2, 2)
+    torch.testing.assert_close(alignment.attention_sparsity, (probability * mask).sum(-1).mean().detach(), **EXACT)
+    assert not any(x.requires_grad for x in alignment[1:])
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_a_budget_that_covers_all_blocks_aligns_perfectly(main: str) -> None:
+    inputs, _ = case()
+    _, alignment = run(inputs, all_blocks(LAYOUT, 2, S), main)
+    assert alignment.loss.item() < 1e-28, "squares of float64 rounding"
+    assert float(alignment.attention_sparsity) == pytest.approx(1.0, abs=1e-14)
+    assert all(g.abs().max() < 1e-14 for g in grads(inputs, alignment.loss))
+
+
+def test_selects_by_itself() -> None:
+    (q, k, v, gate), _ = case()
+    spec = SparseSpec(S, 3, first_blocks=1)
+    arguments = {"spec": spec, "layout": LAYOUT, "scale": 4.0}
+    alone, alignment = ssa_attention(q, k, v, gate, "sparse", **arguments)
+    indices = select_blocks(q, k, spec, LAYOUT, scale=4.0)
+    assert not torch.equal(indices, select_blocks(q, k, spec, LAYOUT)), "the scale matters here"
+    given, given_alignment = ssa_attention(q, k, v, gate, "sparse", block_indices=indices, **arguments)
+    assert torch.equal(alone, given)
+    assert torch.equal(alignment.loss, given_alignment.loss)
+
+
+def test_bfloat16_streams_are_gated_in_bfloat16() -> None:
+    (q, k, v, gate), indices = case(torch.bfloat16)
+    out, alignment = run([q, k, v, gate.float()], indices)  # a float32 gate is cast
+    full = full_attention(q, k, v, LAYOUT) * gate[..., None]
+    sparse = sparse_attention(q, k, v, indices, S, LAYOUT) * gate[..., None]
+    assert torch.equal(out, full)
+    assert alignment.loss.dtype == torch.float32
+    assert torch.equal(alignment.sparsity, F.smooth_l1_loss(full.float(), sparse.float()).detach())
+
+
+# ---------------------------------------------------------------------- who gets gradient at every step
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The two attention outputs of the last ``ssa_attention``, as nodes whose gradient is kept."""
+    seen: dict[str, Tensor] = {}
+
+    def spy(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            out, lse = function(*args, **kwargs)
+            out.retain_grad()
+            seen[name] = out
+            return out, lse
+
+        return wrapped
+
+    monkeypatch.setattr(api, "full_attention", spy("full", full_attention))
+    monkeypatch.setattr(api, "sparse_attention", spy("sparse", sparse_attention))
+    return seen
+
+
+@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("align_on", ["gated", "raw"])
+def test_both_streams_get_gradient_whichever_is_main(streams: dict[str, Tensor], main: str, align_on: str) -> None:
+    inputs, indices = case()
+    out, alignment = run(inputs, indices, main, align_on=align_on)
+    (out.square().sum() + alignment.loss).backward()
+    dropping = (streams["full"] - streams["sparse"]).abs().amax(-1) > 1e-9  # rows that lost something
+    assert dropping.any()
+    for stream in MAINS:
+        assert (streams[stream].grad[dropping] != 0).any(-1).all(), stream
+    assert all((x.grad != 0).any() for x in inputs)
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_the_counterpart_enters_the_alignment_only(streams: dict[str, Tensor], main: str) -> None:
+    inputs, indices = case()
+    out, _ = run(inputs, indices, main)
+    out.sum().backward()
+    counterpart = {"full": "sparse", "sparse": "full"}[main]
+    assert streams[main].grad is not None
+    assert streams[counterpart].grad is None
+
+
+@pytest.mark.parametrize(("directions", "reached"), [("sparsity", "full"), ("commitment", "sparse")])
+@pytest.mark.parametrize("main", MAINS)
+def test_one_direction_moves_one_stream(streams: dict[str, Tensor], main: str, directions: str, reached: str) -> None:
+    inputs, indices = case()
+    run(inputs, indices, main, directions=directions)[1].loss.backward()
+    other = {"full": "sparse", "sparse": "full"}[reached]
+    assert (streams[reached].grad != 0).any()
+    assert streams[other].grad is None or (streams[other].grad == 0).all()
+
+
+def test_selection_carries_no_gradient() -> None:
+    """With one block per query and attention to it alone, keys of other blocks matter to the selection only."""
+    (q, k, v, gate), _ = case()
+    out, _ = ssa_attention(q, k, v, gate, "sparse", spec=SparseSpec(S, 1), layout=LAYOUT)
+    gradient = grads([k], out[1, 12:].square().sum())[0]
+    assert (gradient[1, :12] == 0).all()
+    assert (gradient[0] == 0).all()
+    assert (gradient[1, 12:] != 0).any()
+
+
+@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("align_on", ["gated", "raw"])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_gradcheck(main: str, align_on: str, distance: str) -> None:
+    """Finite differences do not stop at a stop-gradient. But d is symmetric, so moving both arguments of both terms
+    changes the loss by exactly twice what the stopped gradients say: half the value has the gradient of the whole.
+    """
+    layout = DocumentLayout.from_lengths([5, 1, 7])
+    inputs = leaves(*qkv(layout, 2, 1, 2), torch.rand(1, 13, 2, dtype=torch.float64))
+    indices = random_indices(layout, 1, 2, 2, seed=3)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        out, alignment = ssa_attention(
+            q,
+            k,
+            v,
+            gate,
+            main,  # type: ignore[arg-type]
+            spec=SparseSpec(2, 2),
+            alignment=AlignmentSpec(align_on=align_on, distance=distance),  # type: ignore[arg-type]
+            layout=layout,
+            block_indices=indices,
+        )
+        return out, alignment.loss - alignment.loss.detach() / 2
+
+    assert torch.autograd.gradcheck(function, inputs, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- specification
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"weight": -1.0}, "AlignmentSpec.weight: got -1.0"),
+        ({"weight": float("nan")}, "got nan"),
+        ({"weight": float("inf")}, "got inf"),
+        ({"weight": "10"}, "got '10'"),
+        ({"distance": "l1"}, "AlignmentSpec.distance: got 'l1'; expected one of ('smooth_l1', 'l2')"),
+        ({"align_on": "both"}, "AlignmentSpec.align_on: got 'both'"),
+        ({"directions": "full"}, "AlignmentSpec.directions: got 'full'"),
+    ],
+)
+def test_refused_specifications(arguments: dict[str, Any], got: str) -> None:
+    with pytest.raises(ValueError, match=r"expected") as caught:
+        AlignmentSpec(**arguments)
+    assert got in str(caught.value)
+
+
+def test_defaults_are_the_published_codes() -> None:
+    assert AlignmentSpec() == AlignmentSpec(10.0, "smooth_l1", "gated", "both")
