@@ -118,6 +118,15 @@ def test_large_logits_do_not_overflow(backend: str) -> None:
         assert all(x.isfinite().all() for x in results)
 
 
+def test_masked_keys_lose_against_any_visible_logit(backend: str) -> None:
+    """Every visible logit is -90000: a mask that writes a large negative number instead of -inf would win."""
+    q, k = torch.full((1, 4, 1, 1), 300.0), torch.full((1, 4, 1, 1), -300.0)
+    v = torch.tensor([1.0, 3, 5, 7]).view(1, 4, 1, 1)
+    out, lse = attend(backend, q, k, v, DocumentLayout.from_lengths([2, 2]), scale=1.0)
+    assert out.flatten().tolist() == [1, 2, 5, 6]
+    assert (lse < -8e4).all()
+
+
 @pytest.mark.parametrize("elements", [1, 100, 1000])
 def test_chunks_do_not_change_results(backend: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = DocumentLayout.from_lengths([[9, 1, 16], [26]])

@@ -148,6 +148,16 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(x.isfinite().all() for x in (out, lse, *(x.grad for x in inputs)))
 
 
+def test_masked_keys_lose_against_any_visible_logit() -> None:
+    """Every visible logit is -90000: a mask that writes a large negative number instead of -inf would win."""
+    layout = DocumentLayout.single(1, 6)
+    q, k = torch.full((1, 6, 1, 1), 300.0), torch.full((1, 6, 1, 1), -300.0)
+    v = torch.tensor([1.0, 3, 5, 7, 9, 11]).view(1, 6, 1, 1)
+    out, lse = attend(q, k, v, (torch.arange(6) // 2).view(1, 6, 1, 1), 2, layout, scale=1.0)
+    assert out.flatten().tolist() == [1, 2, 5, 6, 9, 10]
+    assert (lse < -8e4).all()
+
+
 # ---------------------------------------------------------------------- identities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_budget_that_covers_all_blocks_is_full_attention(dtype: torch.dtype) -> None:

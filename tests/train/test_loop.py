@@ -12,6 +12,7 @@ import torch
 from tiny_runs import checkpoints, metrics, poison, results, same_bits, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssa.cli.train import run
 from ssa.errors import ConfigError, NumericError, OutOfMemoryError
 from ssa.model import SSAForCausalLM
 from ssa.train import loop
@@ -186,3 +187,20 @@ def test_data_must_fit_the_recipe(change: dict[str, int], key: str, data: Path, 
     with pytest.raises(ConfigError, match=key):
         train(tiny(data, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- the dry run
+def test_a_dry_run_tells_the_size_and_writes_nothing(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])["parameters"]
+    arguments = [str(finished / "recipe.yaml"), "--dry-run", "--out", str(tmp_path / "run")]
+    assert run([*arguments, "--training.steps", "100"]) == 0
+    shown = capsys.readouterr().out
+    for line in (f"parameters       {parameters:,}", "steps            100 (1 of them", "tokens           25,600"):
+        assert line in shown
+    assert run([*arguments, "--data.path", str(tmp_path / "absent")]) == 0
+    shown = capsys.readouterr().out
+    assert "unknown until the data is prepared" in shown
+    assert "not there yet" in shown
+    assert not list(tmp_path.iterdir())
