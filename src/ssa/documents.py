@@ -225,7 +225,8 @@ class DocumentLayout:
             start = torch.cat([start, torch.tensor([self.total])]).to(torch.int32)
             first_block = first.repeat_interleave(lengths).to(torch.int32)
             row_blocks = (*first_block[:: self.tokens].tolist(), len(inside))
-            return BlockGrid(len(inside), start.to(device), first_block.to(device), row_blocks)
+            start, first_block = (x.to(device, non_blocking=True) for x in (start, first_block))
+            return BlockGrid(len(inside), start, first_block, row_blocks)
 
         key = ("grid", block_size, str(device))
         if key not in self._cache:
@@ -255,5 +256,5 @@ class DocumentLayout:
     def _on(self, device: torch.device | str, name: str, make: Any) -> Tensor:
         key = (name, str(device))
         if key not in self._cache:
-            self._cache[key] = make().to(device)
+            self._cache[key] = make().to(device, non_blocking=True)
         return self._cache[key]

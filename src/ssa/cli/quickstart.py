@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,10 @@ def _train(method: str, seed: int, data: Path, folder: Path, steps: int | None, 
     recipe = dataclasses.replace(
         recipe, seed=seed, training=training, data=dataclasses.replace(recipe.data, path=str(data))
     )
-    outcome = train(recipe, folder, resume="latest" if folder.exists() else None)
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)  # stopped before its first checkpoint: nothing to go on from
+    outcome = train(recipe, folder, resume="latest" if resume else None)
     if outcome.reason != "finished":
         raise SystemExit(outcome.exit_code)
 

@@ -301,9 +301,8 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         if labels.shape != logits.shape[:2]:
             raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(logits.shape[:2])}")
         targets = layout.next_token_labels(labels)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # no target at all gives 0, not NaN
         output.loss = total / (count if items is None else items)
         output.cross_entropy = (total / count).detach()

@@ -38,13 +38,12 @@ class _FullAttention(torch.autograd.Function):
             query, key, value = (run_view(x, run).to(wide) for x in (q, k, v))
             out_, lse_ = run_view(out, run), run_view(lse, run)
             for chunk, logits in _chunks(query, key, scale):
-                chunk_lse = logits.logsumexp(-1)  # [n, K, G, c]
-                probability = (logits - chunk_lse[..., None]).exp()
+                probability = logits.softmax(-1)  # not exp(logits - lse): a large lse has few digits after the point
                 out_[:, chunk] = (
                     torch.einsum("nkgcl,nlkd->nckgd", probability, value[:, : chunk.stop]).flatten(2, 3).to(q.dtype)
                 )
-                lse_[:, chunk] = chunk_lse.permute(0, 3, 1, 2).flatten(2)
-        ctx.save_for_backward(q, k, v, out, lse)
+                lse_[:, chunk] = logits.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
+        ctx.save_for_backward(q, k, v, out)
         ctx.layout, ctx.scale = layout, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -52,17 +51,17 @@ class _FullAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale, wide, K = ctx.scale, lse.dtype, k.shape[2]
+        q, k, v, out = ctx.saved_tensors
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        scale, K = ctx.scale, k.shape[2]
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
         for run in ctx.layout.runs():
             query, key, value, d_o, o = (run_view(x, run).to(wide) for x in (q, k, v, d_out, out))
             delta = (d_o * o).sum(-1).unflatten(2, (K, -1)).permute(0, 2, 3, 1)  # [n, K, G, L]
-            lse_ = run_view(lse, run).unflatten(2, (K, -1)).permute(0, 2, 3, 1)
             d_o, query_ = d_o.unflatten(2, (K, -1)), query.unflatten(2, (K, -1))
             for chunk, logits in _chunks(query, key, scale):
                 past = slice(0, chunk.stop)
-                probability = (logits - lse_[..., chunk, None]).exp()  # [n, K, G, c, l]
+                probability = logits.softmax(-1)  # [n, K, G, c, l]
                 d_probability = torch.einsum("nckgd,nlkd->nkgcl", d_o[:, chunk], value[:, past])
                 d_logits = probability * (d_probability - delta[..., chunk, None]) * scale
                 run_view(dq, run)[:, chunk] = torch.einsum("nkgcl,nlkd->nckgd", d_logits, key[:, past]).flatten(2, 3)

@@ -54,11 +54,10 @@ class _SparseAttention(torch.autograd.Function):
         for chunk, entries, visible in _gather_plan(i_, S, layout, D):
             key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
             logits = _logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
-            chunk_lse = logits.logsumexp(-1)  # [c, K, G]
-            probability = (logits - chunk_lse[..., None]).exp()
+            probability = logits.softmax(-1)  # not exp(logits - lse): a large lse has few digits after the point
             out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
-            lse.view(B * T, H)[chunk] = chunk_lse.flatten(1)
-        ctx.save_for_backward(q, k, v, indices, out, lse)
+            lse.view(B * T, H)[chunk] = logits.logsumexp(-1).flatten(1)
+        ctx.save_for_backward(q, k, v, indices, out)
         ctx.arguments = S, layout, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -66,19 +65,20 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, indices, out, lse = ctx.saved_tensors
+        q, k, v, indices, out = ctx.saved_tensors
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         S, layout, scale = ctx.arguments
         B, T, H, D = q.shape
         K = k.shape[2]
         q_, k_, v_, i_, o_, do_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices, out, d_out))
-        dq = torch.empty(B * T, H, D, dtype=lse.dtype, device=q.device)
-        dk = torch.zeros(B * T * K, D, dtype=lse.dtype, device=q.device)
+        dq = torch.empty(B * T, H, D, dtype=wide, device=q.device)
+        dk = torch.zeros(B * T * K, D, dtype=wide, device=q.device)
         dv = torch.zeros_like(dk)
         for chunk, entries, visible in _gather_plan(i_, S, layout, D):
-            key, value = _take(k_, entries).to(lse.dtype), _take(v_, entries).to(lse.dtype)
-            query, d_o, o = (_grouped(x[chunk], K).to(lse.dtype) for x in (q_, do_, o_))  # [c, K, G, D]
+            key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
+            query, d_o, o = (_grouped(x[chunk], K).to(wide) for x in (q_, do_, o_))  # [c, K, G, D]
             logits = _logits(query, key, visible, scale)
-            probability = (logits - _grouped(lse.view(B * T, H)[chunk], K)[..., None]).exp()  # [c, K, G, M]
+            probability = logits.softmax(-1)  # [c, K, G, M]
             d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
             dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
             dk.index_add_(0, entries.flatten(), ((d_logits.mT @ query) * scale).flatten(0, 2))
