@@ -7,7 +7,7 @@ backend asked for by name either serves it or raises :class:`~ssa.errors.Backend
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -81,7 +81,9 @@ def choose(operation: str, request: Request, backend: str = "auto") -> Callable[
         for candidate in backends:
             if candidate.refusal(request) is None:
                 return candidate.load()
-        raise BackendError(operation, f"no backend for {request}", "a supported call")
+        raise BackendError(
+            operation, f"no backend for {replace(request, layout=None)}", "a supported call", "explain()"
+        )
     for candidate in backends:
         if candidate.name == backend:
             if reason := candidate.refusal(request):
@@ -126,7 +128,11 @@ def explain(
     """
     if operation not in OPERATIONS:
         raise InputError("explain.operation", repr(operation), f"one of {sorted(OPERATIONS)}")
-    request = Request(torch.device(device), dtype, heads, kv_heads, head_dim, block_size, num_blocks, layout)
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise InputError("explain.device", repr(device), "a torch device such as 'cpu' or 'cuda'") from error
+    request = Request(where, dtype, heads, kv_heads, head_dim, block_size, num_blocks, layout)
     chosen, reasons = "none", []
     for candidate in OPERATIONS[operation]:
         reason = candidate.refusal(request)

@@ -32,6 +32,7 @@ def ssa_attention(
     block_indices: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    full_backend: str = "auto",
 ) -> tuple[Tensor, Alignment]:
     """Attention of the main stream, and the alignment with its counterpart (paper Algorithm 1).
 
@@ -45,7 +46,8 @@ def ssa_attention(
         layout: documents of the batch; default one per row.
         block_indices: use these instead of selecting.
         scale: logit scale, default ``D ** -0.5``.
-        backend: for all three operations.
+        backend: for selection and sparse attention.
+        full_backend: for full attention.
 
     Returns:
         Output ``[B, T, H, D]`` (gated) and :class:`Alignment`. Both streams receive gradient through it.
@@ -67,7 +69,7 @@ def ssa_attention(
     spec, alignment = spec or SparseSpec(), alignment or AlignmentSpec()
     if block_indices is None:
         block_indices = select_blocks(q, k, spec, layout, scale=scale, backend=backend)
-    full, full_lse = full_attention(q, k, v, layout, scale=scale, return_lse=True, backend=backend)
+    full, full_lse = full_attention(q, k, v, layout, scale=scale, return_lse=True, backend=full_backend)
     sparse, sparse_lse = sparse_attention(
         q, k, v, block_indices, spec.block_size, layout, scale=scale, return_lse=True, backend=backend
     )

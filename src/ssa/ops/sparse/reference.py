@@ -49,7 +49,7 @@ class _SparseAttention(torch.autograd.Function):
         B, T, H, D = q.shape
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(B, T, H, dtype=wide, device=q.device)
-        q_, k_, v_, i_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices))
+        q_, k_, v_, i_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices))
         K = k.shape[2]
         for chunk, entries, visible in _gather_plan(i_, S, layout, D):
             key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
@@ -70,7 +70,7 @@ class _SparseAttention(torch.autograd.Function):
         S, layout, scale = ctx.arguments
         B, T, H, D = q.shape
         K = k.shape[2]
-        q_, k_, v_, i_, o_, do_ = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v, indices, out, d_out))
+        q_, k_, v_, i_, o_, do_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices, out, d_out))
         dq = torch.empty(B * T, H, D, dtype=wide, device=q.device)
         dk = torch.zeros(B * T * K, D, dtype=wide, device=q.device)
         dv = torch.zeros_like(dk)
@@ -116,7 +116,7 @@ def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Ite
 
 def _take(x: Tensor, entries: Tensor) -> Tensor:
     """``x [N, K, D]`` at the flat ``entries [c, K, M]``: ``[c, K, M, D]``."""
-    return x.reshape(-1, x.shape[2]).index_select(0, entries.flatten()).view(*entries.shape, -1)
+    return x.flatten(0, 1).index_select(0, entries.flatten()).view(*entries.shape, -1)
 
 
 def _grouped(x: Tensor, K: int) -> Tensor:
