@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 import torch
 
-from ssa.data import Loader, PackedDataset, prepare
+from ssa.data import Loader, PackedDataset, prepare, train_tokenizer
+from ssa.data.loader import _order
 from ssa.errors import ConfigError, DataError, DataSourceError
 
 
@@ -99,7 +101,7 @@ def test_broken_folders_are_refused(data, tmp_path):
 
 def test_ids_outside_the_vocabulary_are_refused(data):
     dataset = PackedDataset(data)
-    dataset.vocab_size = 5
+    dataset.vocab_size = int(dataset.batch([0]).input_ids.max())
     with pytest.raises(DataError, match="token id"):
         dataset.batch([0])
 
@@ -108,3 +110,87 @@ def test_ids_outside_the_vocabulary_are_refused(data):
 def test_bad_arguments(data, bad):
     with pytest.raises(ConfigError, match="Loader"):
         Loader(PackedDataset(data), **{"rows_per_batch": 1, **bad})
+
+
+@pytest.fixture
+def copy(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "copy")
+
+
+def test_the_order_is_the_same_for_ever():
+    """A change here breaks the resumption of every run: these numbers were computed once and written down."""
+    assert [_order(seed, epoch, 8).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))] == [
+        [1, 7, 0, 4, 5, 6, 2, 3],
+        [2, 0, 4, 5, 1, 6, 3, 7],
+        [7, 0, 2, 5, 6, 4, 3, 1],
+    ]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (4, 2), (3, 4)])
+def test_resuming_in_the_second_epoch_with_other_processes(data, before, after):
+    dataset = PackedDataset(data)
+    steps = len(dataset) // (2 * before) * 3 // 2
+    for rank in range(before):
+        saved = Loader(dataset, 2, seed=5, rank=rank, world_size=before)
+        for _ in range(steps):
+            next(saved)
+    assert len(dataset) < saved.position < 2 * len(dataset)
+    straight = take(Loader(dataset, 1, seed=5), saved.position + 12 * after)[saved.position :]
+    resumed = [Loader(dataset, 3, seed=5, rank=rank, world_size=after) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state(saved.state())
+    found = torch.cat([next(loader).input_ids for _ in range(4) for loader in resumed])
+    assert torch.equal(found, straight)
+
+
+@pytest.mark.parametrize("position", [None, -1, "3", 1.5])
+def test_a_state_without_a_position_is_refused(data, position):
+    loader = Loader(PackedDataset(data), 2, seed=1)
+    with pytest.raises(DataSourceError, match="position"):
+        loader.load_state({**loader.state(), "position": position})
+
+
+def test_changed_rows_are_found(copy):
+    PackedDataset(copy).verify()
+    file = next((copy / "train").glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    ids = PackedDataset(copy).batch([0]).input_ids[0, :8].int().numpy().tobytes()
+    content[content.index(ids)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataSourceError, match="fingerprint"):
+        PackedDataset(copy).verify()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_a_cut_file_is_refused(copy, part):
+    file = next((copy / "train").glob("*.arrow"))
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises((DataSourceError, DataError), match="train"):
+        PackedDataset(copy).verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state.json", c) for c in ("", "{}", "[]")] + [("dataset_info.json", c) for c in ("", "[]")]
+)
+def test_broken_descriptions_of_the_rows_are_refused(copy, name, content):
+    (copy / "train" / name).write_text(content)
+    with pytest.raises(DataSourceError, match="train"):
+        PackedDataset(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", '{"schema": "ssa.data/1"}', '{"schema": "ssa.data/1", "splits": 3}']
+)
+def test_a_broken_manifest_is_refused(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match="copy"):
+        PackedDataset(copy)
+
+
+def test_the_tokenizer_must_be_the_one_that_made_the_rows(copy):
+    assert PackedDataset(copy).tokenizer().eos_token == "<|eos|>"
+    other = train_tokenizer(["entirely different words"] * 9, 290)
+    other.save_pretrained(copy / "tokenizer")
+    with pytest.raises(DataError, match=r"got hash \w{64}; expected \w{64}"):
+        PackedDataset(copy).tokenizer()

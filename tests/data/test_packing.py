@@ -32,8 +32,10 @@ def test_nothing_is_lost_and_every_boundary_is_kept(documents, row_length):
     assert joined == [token for document in documents for token in document]
     assert all(len(row.input_ids) == row_length and min(row.lengths) >= 1 for row in rows)
     assert all(sum(row.lengths) == row_length for row in rows[:-1])
-    ends = set(np.cumsum([n for row in rows for n in row.lengths]).tolist())
-    assert set(np.cumsum([len(d) for d in documents]).tolist()) <= ends
+    ends = np.cumsum([n for row in rows for n in row.lengths]).tolist()
+    own = np.cumsum([len(d) for d in documents]).tolist()
+    cuts = [row_length * i for i in range(1, len(rows))]
+    assert ends == sorted({*own, *cuts})  # each document's end and each row's, nothing else, nothing twice
 
 
 def test_a_row_of_one_token_has_no_target_and_is_refused():

@@ -14,11 +14,15 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from ssa.data.packing import Row
+from ssa.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ssa.documents import IGNORE_INDEX, DocumentLayout
 from ssa.errors import ConfigError, DataError, DataSourceError
 
 SCHEMA = "ssa.data/1"
+VERIFY_ROWS = 256  # read at once
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,31 @@ class PackedDataset:
         vocab_size: ids are below it.
 
     Raises:
-        ConfigError: no such folder or split.
-        DataError: a folder of another format, or without a manifest (preparation did not finish).
+        ConfigError: no such split, or no manifest (preparation did not finish).
+        DataError: a folder of another format, or with other rows than its manifest says.
+        DataSourceError: rows that cannot be read.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self.path, self.split = Path(path), split
-        file = self.path / "manifest.json"
-        if not file.is_file():
-            raise ConfigError(str(self.path), "no manifest.json", "a folder that `ssa prepare` finished", "ssa prepare")
+        self.manifest = _read_manifest(self.path / "manifest.json")
         try:
-            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(str(file), f"unreadable JSON ({error})", f"schema {SCHEMA}") from error
-        if self.manifest.get("schema") != SCHEMA:
-            raise DataError(str(file), f"schema {self.manifest.get('schema')!r}", SCHEMA, "preparing the data again")
-        if split not in self.manifest["splits"]:
-            raise ConfigError(f"{self.path}: split", repr(split), f"one of {sorted(self.manifest['splits'])}")
-        self.row_length = int(self.manifest["row_length"])
-        self.vocab_size = int(self.manifest["vocab_size"])
-        self.fingerprint = str(self.manifest["splits"][split]["fingerprint"])
+            splits = self.manifest["splits"]
+            if split not in splits:
+                raise ConfigError(f"{self.path}: split", repr(split), f"one of {sorted(splits)}")
+            self.row_length, self.vocab_size = int(self.manifest["row_length"]), int(self.manifest["vocab_size"])
+            self.fingerprint, rows = str(splits[split]["fingerprint"]), int(splits[split]["rows"])
+        except (KeyError, TypeError) as error:
+            got = f"a manifest with a part missing ({error})"
+            raise DataError(str(self.path), got, f"schema {SCHEMA}", "preparing the data again") from error
         try:
             self._rows = datasets.load_from_disk(str(self.path / split)).with_format("numpy")
-        except (OSError, ValueError) as error:
-            raise DataSourceError(str(self.path / split), str(error), "the rows of this split") from error
-        if len(self._rows) != self.manifest["splits"][split]["rows"]:
-            expected = f"{self.manifest['splits'][split]['rows']} rows"
-            raise DataError(str(self.path / split), f"{len(self._rows)} rows", expected, "preparing the data again")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # absent, cut, or another JSON
+            got = f"{type(error).__name__}: {error}"
+            raise DataSourceError(str(self.path / split), got, "the rows of this split") from error
+        if len(self._rows) != rows:
+            got = f"{len(self._rows)} rows"
+            raise DataError(str(self.path / split), got, f"{rows} rows", "preparing the data again")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,6 +102,46 @@ class PackedDataset:
             lengths.append([*map(int, documents), *padding])
             targets += text - len(documents)
         return Batch(input_ids, labels, DocumentLayout.from_lengths(lengths), targets, len(lengths))
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that made these rows.
+
+        Raises:
+            DataError: the one in the folder is another; both hashes are named.
+        """
+        folder = self.path / "tokenizer"
+        found = load_tokenizer(str(folder))
+        have, expected = tokenizer_fingerprint(found), self.manifest["tokenizer"]
+        if have != expected:
+            raise DataError(str(folder), f"hash {have}", f"{expected}, as the rows", "preparing the data again")
+        return found
+
+    def verify(self) -> None:
+        """Read every row and compare with the fingerprint. Takes seconds per gigabyte.
+
+        Raises:
+            DataSourceError: the rows are not those that were written.
+        """
+        digest = hashlib.sha256()
+        for found in self._rows.iter(VERIFY_ROWS):
+            for ids, lengths in zip(found["input_ids"], found["lengths"], strict=True):
+                digest.update(Row(np.asarray(ids, dtype=np.int32), tuple(map(int, lengths))).to_bytes())
+        if digest.hexdigest() != self.fingerprint:
+            where, got = str(self.path / self.split), f"fingerprint {digest.hexdigest()}"
+            raise DataSourceError(where, got, self.fingerprint, "preparing the data again")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(str(file.parent), "no manifest.json", "a folder that `ssa prepare` finished", "ssa prepare")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(str(file), f"unreadable JSON ({error})", f"schema {SCHEMA}") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise DataError(str(file), f"schema {schema!r}", SCHEMA, "preparing the data again")
+    return manifest
 
 
 class Loader:
@@ -173,7 +215,10 @@ class Loader:
                     f"{state.get(name)}, as when the run was saved",
                     "the same data",
                 )
-        self.position = int(state["position"])
+        position = state.get("position")
+        if not isinstance(position, int) or position < 0:
+            raise DataSourceError(f"{self.dataset.path}: position", repr(position), "a number of rows", "another state")
+        self.position = position
 
     def _row(self, index: int) -> int:
         epoch, offset = divmod(index, len(self.dataset))
@@ -182,5 +227,9 @@ class Loader:
 
 @lru_cache(maxsize=4)  # a batch may span the end of an epoch
 def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The rows in an epoch's order.
+
+    Sorting by the generator's raw numbers, because numpy promises those, and not ``permutation``, for ever.
+    """
     key = int.from_bytes(hashlib.blake2b(f"rows:{seed}:{epoch}".encode(), digest_size=16).digest(), "big")
-    return np.random.Generator(np.random.Philox(key=key)).permutation(rows)
+    return np.argsort(np.random.Philox(key=key).random_raw(rows), kind="stable")

@@ -22,6 +22,10 @@ class Row:
     input_ids: np.ndarray
     lengths: tuple[int, ...]
 
+    def to_bytes(self) -> bytes:
+        """What fingerprints hash."""
+        return self.input_ids.astype("<i4", copy=False).tobytes() + repr(self.lengths).encode()
+
 
 @dataclass
 class Packer:

@@ -46,15 +46,28 @@ def load_tokenizer(name_or_path: str, *, download: bool = False) -> PreTrainedTo
     Raises:
         ConfigError: none found there.
     """
+    where = f"tokenizer {name_or_path}"
+    hint = "a folder with tokenizer.json" if download else "a folder with tokenizer.json, or --download"
     try:
         found = AutoTokenizer.from_pretrained(name_or_path, local_files_only=not download, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        hint = "a folder with tokenizer.json" if download else "a folder with tokenizer.json, or --download"
-        raise ConfigError(f"tokenizer {name_or_path}", reason, "a Hugging Face tokenizer", hint) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # absent, or JSON of another shape
+        raise ConfigError(where, _reason(error), "a Hugging Face tokenizer", hint) from error
+    except Exception as error:
+        if type(error) is not Exception:  # `tokenizers` raises that class itself for a file that it cannot read
+            raise
+        raise ConfigError(where, _reason(error), "a Hugging Face tokenizer", hint) from error
     if not isinstance(found, PreTrainedTokenizerFast):
-        raise ConfigError(f"tokenizer {name_or_path}", type(found).__name__, "a fast tokenizer (tokenizer.json)")
+        raise ConfigError(where, type(found).__name__, "a fast tokenizer (tokenizer.json)")
     return found
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id; not the number of entries, because some vocabularies have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
