@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import tyro
+from tyro.conf import arg
+
 
 def run(argv: list[str]) -> int:
     """Print the environment, optional packages and the backend choice with reasons; exit code 0."""
-    import tyro
-
     return tyro.cli(doctor, args=argv, prog="ssa doctor")
 
 
 def doctor(
-    heads: Annotated[int, "query heads of the layer to explain"] = 32,
-    kv_heads: Annotated[int, "KV heads"] = 2,
-    head_dim: Annotated[int, "head dimension"] = 64,
-    block_size: Annotated[int, "tokens per block"] = 16,
-    num_blocks: Annotated[int, "blocks per query"] = 16,
+    heads: Annotated[int, arg(help="query heads of the layer to explain")] = 32,
+    kv_heads: Annotated[int, arg(help="KV heads")] = 2,
+    head_dim: Annotated[int, arg(help="head dimension")] = 64,
+    block_size: Annotated[int, arg(help="tokens per block")] = 16,
+    num_blocks: Annotated[int, arg(help="blocks per query")] = 16,
 ) -> int:
     """What this machine has, and which backend serves which operation on it and why."""
     import torch

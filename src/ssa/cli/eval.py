@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     from ssa.evaluate import Plan
@@ -17,15 +18,15 @@ def run(argv: list[str]) -> int:
 
     def command(
         model: Annotated[Path, tyro.conf.Positional],
-        data: Annotated[Path, "folder that `ssa prepare` wrote"],
-        budgets: Annotated[tuple[int, ...], "blocks per query of the sparse runs"] = (4, 8, 16, 32),
-        block_size: Annotated[int | None, "tokens per block; default the model's"] = None,
-        rows: Annotated[int | None, "rows to read; default all"] = None,
-        statistics_rows: Annotated[int, "rows for the attention statistics"] = 8,
-        rows_per_batch: Annotated[int, "rows at a time"] = 8,
-        split: Annotated[str, "train or valid"] = "valid",
-        out: Annotated[Path | None, "result file; default MODEL/evaluation.json"] = None,
-        device: Annotated[str, "auto, cpu, cuda"] = "auto",
+        data: Annotated[Path, arg(help="folder that `ssa prepare` wrote")],
+        budgets: Annotated[tuple[int, ...], arg(help="blocks per query of the sparse runs")] = (4, 8, 16, 32),
+        block_size: Annotated[int | None, arg(help="tokens per block; default the model's")] = None,
+        rows: Annotated[int | None, arg(help="rows to read; default all")] = None,
+        statistics_rows: Annotated[int, arg(help="rows for the attention statistics")] = 8,
+        rows_per_batch: Annotated[int, arg(help="rows at a time")] = 8,
+        split: Annotated[str, arg(help="train or valid")] = "valid",
+        out: Annotated[Path | None, arg(help="result file; default MODEL/evaluation.json")] = None,
+        device: Annotated[str, arg(help="auto, cpu, cuda")] = "auto",
     ) -> int:
         """Evaluate the model of a run folder or model folder: perplexity in full mode and at each budget,
         KL(full || sparse), AttnSparsity, dropped mass, entropy in bits, the share of queries that meet Theorem 1."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import arg
 
 
 def run(argv: list[str]) -> int:
@@ -16,15 +17,15 @@ def run(argv: list[str]) -> int:
 
 def generate(
     model: Annotated[Path, tyro.conf.Positional],
-    prompt: Annotated[str | None, "text to continue; '-' reads standard input"] = None,
-    prompt_file: Annotated[Path | None, "read the prompt from a file"] = None,
-    mode: Annotated[Literal["full", "sparse"] | None, "attention; default the model's inference mode"] = None,
-    num_blocks: Annotated[int | None, "blocks per query of the sparse mode; default the model's"] = None,
-    max_new_tokens: Annotated[int, "how many tokens to add"] = 100,
-    temperature: Annotated[float, "0 takes the most probable token each time"] = 0.0,
-    top_p: Annotated[float, "nucleus of the sampling"] = 0.95,
-    seed: Annotated[int, "seed of the sampling"] = 0,
-    device: Annotated[str, "auto, cpu, cuda"] = "auto",
+    prompt: Annotated[str | None, arg(help="text to continue; '-' reads standard input")] = None,
+    prompt_file: Annotated[Path | None, arg(help="read the prompt from a file")] = None,
+    mode: Annotated[Literal["full", "sparse"] | None, arg(help="attention; default the model's inference mode")] = None,
+    num_blocks: Annotated[int | None, arg(help="blocks per query of the sparse mode; default the model's")] = None,
+    max_new_tokens: Annotated[int, arg(help="how many tokens to add")] = 100,
+    temperature: Annotated[float, arg(help="0 takes the most probable token each time")] = 0.0,
+    top_p: Annotated[float, arg(help="nucleus of the sampling")] = 0.95,
+    seed: Annotated[int, arg(help="seed of the sampling")] = 0,
+    device: Annotated[str, arg(help="auto, cpu, cuda")] = "auto",
 ) -> int:
     """Continue a prompt with the model of a run folder or model folder. Text streams to standard output.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import arg
 
 METHODS = ("full", "moba", "ssa")
 BUDGETS = (1, 2, 4, 8)  # blocks of 16 tokens; the models are trained at 2
@@ -23,13 +24,13 @@ def run(argv: list[str]) -> int:
 
 
 def quickstart(
-    out: Annotated[Path, "folder for data, runs and report; finished parts in it are not done again"] = Path(
+    out: Annotated[Path, arg(help="folder for data, runs and report; finished parts in it are not done again")] = Path(
         "runs/quickstart"
     ),
-    seeds: Annotated[tuple[int, ...], "one set of models per seed"] = (0,),
-    steps: Annotated[int | None, "optimiser steps per model; default the recipe's"] = None,
-    rows: Annotated[int, "validation rows to evaluate on"] = 128,
-    device: Annotated[str, "auto, cpu, cuda"] = "auto",
+    seeds: Annotated[tuple[int, ...], arg(help="one set of models per seed")] = (0,),
+    steps: Annotated[int | None, arg(help="optimiser steps per model; default the recipe's")] = None,
+    rows: Annotated[int, arg(help="validation rows to evaluate on")] = 128,
+    device: Annotated[str, arg(help="auto, cpu, cuda")] = "auto",
 ) -> int:
     """Prepare the built-in corpus (the sources of Python's standard library), train FullAttn, MoBA and SSA from
     the same seed on the same tokens, run each in full mode and at four budgets, print a table, write an HTML page."""

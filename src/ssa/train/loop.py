@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ssa._version import __version__
-from ssa.data import Batch, Loader, PackedDataset, load_tokenizer
+from ssa.data import Batch, Loader, PackedDataset
 from ssa.environment import commit, machine
 from ssa.errors import ConfigError, NumericError, OutOfMemoryError, SSAError
 from ssa.model import SSAConfig, SSAForCausalLM
@@ -80,6 +80,7 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: str | Path | No
         state = None
         if folder.start is not None:
             state = read_state(folder.start)
+            dataset.verify()  # the manifest's fingerprint says what the rows were, not what they are
             check_resumable(state, recipe, dataset.fingerprint, folder.start)
         for note in (*folder.notes, *clear_way(folder)):
             say(f"ssa train: {note}")
@@ -115,7 +116,7 @@ def read_validation_rows(recipe: Recipe) -> list[Batch]:
 def configure(recipe: Recipe, dataset: PackedDataset) -> SSAConfig:
     """The model's configuration, with the special tokens of the data's tokenizer, which generation needs."""
     config = recipe.model_config(dataset.vocab_size)
-    tokenizer = load_tokenizer(str(dataset.path / "tokenizer"))
+    tokenizer = dataset.tokenizer()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     return config
