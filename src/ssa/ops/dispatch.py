@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
 from ssa.errors import BackendError, InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """``torch.compile`` calls the function while it traces and takes the result (a bool or a string) as a constant.
+
+    What ``torch.compiler.assume_constant_result`` does, without importing the compiler, and Triton with it, now.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,29 @@ class Backend:
         name: what a user writes as ``backend=``.
         target: ``"module:function"``, imported when first chosen.
         refusal: the reason why it cannot serve a request, or None if it can.
+        detail: how it would serve a request that it can serve, for :func:`explain`.
     """
 
     name: str
     target: str
     refusal: Callable[[Request], str | None]
+    detail: Callable[[Request], str] | None = None
 
     def load(self) -> Callable[..., Any]:
         """The function behind the name."""
-        module, function = self.target.split(":")
-        return getattr(import_module(module), function)
+        _import(self.target)
+        return IMPORTED[self.target]
+
+
+IMPORTED: dict[str, Callable[..., Any]] = {}
+
+
+@constant_when_compiled  # torch.compile cannot trace an import, but it can read the dictionary of the imported
+def _import(target: str) -> bool:
+    if target not in IMPORTED:
+        module, function = target.split(":")
+        IMPORTED[target] = getattr(import_module(module), function)
+    return True
 
 
 def always(request: Request) -> None:
@@ -138,7 +162,7 @@ def explain(
         reason = candidate.refusal(request)
         if reason is None and chosen == "none":
             chosen = candidate.name
-            reasons.append((candidate.name, "chosen"))
+            reasons.append((candidate.name, f"chosen, {candidate.detail(request)}" if candidate.detail else "chosen"))
         else:
             reasons.append((candidate.name, reason or f"can serve it, but {chosen} comes first"))
     return Explanation(operation, chosen, tuple(reasons))

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from ssa.documents import DocumentLayout
 from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
-from ssa.ops.dispatch import Backend, Request, always, choose, first_reason, register
-
-
-def _refuse_cpu_flash(request: Request) -> str | None:
-    return first_reason([(request.device.type != "cpu", f"runs on the CPU, not on {request.device.type}")])
-
+from ssa.ops.dispatch import Backend, Request, always, choose, register
+from ssa.ops.full import backends
 
 register(
     "full_attention",
-    Backend("cpu_flash", "ssa.ops.full.cpu_flash:full_attention", _refuse_cpu_flash),
+    Backend("cuda", "ssa.ops.full.ops:planned", backends.refuse_planned, backends.describe),
+    Backend("cudnn", "ssa.ops.full.ops:cudnn", backends.refuse_cudnn),
+    Backend("packed", "ssa.ops.full.ops:cudnn_packed", backends.refuse_packed),
+    Backend("flash", "ssa.ops.full.ops:flash", backends.refuse_flash),
+    Backend("cpu_flash", "ssa.ops.full.ops:cpu", backends.refuse_cpu_flash),
     Backend("reference", "ssa.ops.full.reference:full_attention", always),
 )
 
