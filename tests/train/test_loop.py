@@ -40,6 +40,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metrics_follow_the_schema(finished: Path) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     start, end = records[0], records[-1]
+    alpha = load_recipe(str(finished / "recipe.yaml")).model.alignment_weight
     assert (start["schema"], start["event"], start["name"], start["method"]) == (
         "ssa.metrics/1",
         "start",
@@ -57,7 +58,7 @@ def test_metrics_follow_the_schema(finished: Path) -> None:
         assert record["stream"] == draw_stream(3, record["step"], 0.5)
         assert record["tokens"] == record["step"] * 4 * 64
         assert record["alignment"] == pytest.approx(record["sparsity_loss"] + record["commitment_loss"])
-        assert record["loss"] == pytest.approx(record["cross_entropy"] + 10 * record["alignment"], rel=1e-5)
+        assert record["loss"] == pytest.approx(record["cross_entropy"] + alpha * record["alignment"], rel=1e-5)
         assert len(record["alignment_per_layer"]) == len(record["attention_sparsity_per_layer"]) == 2
         assert 0 < record["attention_sparsity"] <= 1
     validations = [(r["step"], r["mode"]) for r in records if r["event"] == "validation"]
