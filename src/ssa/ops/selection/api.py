@@ -9,8 +9,13 @@ from ssa.documents import DocumentLayout
 from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, register
 from ssa.ops.spec import SparseSpec
+from ssa.ops.triton_support import refuse
 
-register("select_blocks", Backend("reference", "ssa.ops.selection.reference:select_blocks", always))
+register(
+    "select_blocks",
+    Backend("triton", "ssa.ops.selection.triton:select_blocks", refuse),
+    Backend("reference", "ssa.ops.selection.reference:select_blocks", always),
+)
 
 
 @torch.no_grad()

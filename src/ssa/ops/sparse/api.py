@@ -11,8 +11,13 @@ from ssa.errors import InputError
 from ssa.ops.checks import check_block_indices, check_qkv, resolve_layout, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, register
 from ssa.ops.spec import BLOCK_SIZES
+from ssa.ops.triton_support import refuse
 
-register("sparse_attention", Backend("reference", "ssa.ops.sparse.reference:sparse_attention", always))
+register(
+    "sparse_attention",
+    Backend("triton", "ssa.ops.sparse.triton:sparse_attention", refuse),
+    Backend("reference", "ssa.ops.sparse.reference:sparse_attention", always),
+)
 
 
 @overload

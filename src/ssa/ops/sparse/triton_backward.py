@@ -1,0 +1,314 @@
+"""Block-sparse attention, backward, in Triton: dq by tiles or tokens like the forward, dk and dv block by block.
+
+    p = 2^(c q.k - L),  delta = sum_d dO O,  ds = p (dO.v - delta)
+    dq = scale sum_n ds k,   dk = scale sum_t ds q,   dv = sum_t p dO
+
+dq also computes delta, which dk and dv then read. dk and dv walk an inverted index (`triton_index`): a work item is a
+group of NB neighbouring blocks and at most SEG of the tokens that read any of them, so a block that everybody reads is
+shared by many programs. Each item writes float32 partial sums; a last kernel adds them in a fixed order.
+
+Shapes: M rows (tokens x heads of a group), N columns (keys), D head dim padded to DP, S block size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssa.ops.sparse.triton_forward import load_rows, tile_columns, token_columns
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(
+    q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, q_offset, do_offset, flat_row, live, D: tl.constexpr, DP: tl.constexpr
+):
+    """q, dO ``[M, D]``, base-2 L and delta ``[M]`` of some (token, head) rows; stores delta."""
+    d = tl.arange(0, DP)
+    live_md = live[:, None] & (d < D)[None, :]
+    q_md = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=live_md, other=0.0)
+    do_md = tl.load(do_ptr + do_offset[:, None] + d[None, :], mask=live_md, other=0.0)
+    o_md = tl.load(out_ptr + flat_row[:, None] * D + d[None, :], mask=live_md, other=0.0)
+    delta = tl.sum(o_md.to(tl.float32) * do_md.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + flat_row, mask=live, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that read nothing has p = 0
+    tl.store(delta_ptr + flat_row, delta, mask=live)
+    return q_md, do_md, lse, delta
+
+
+@triton.jit
+def union_dq_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [N, K, D]
+    v_ptr,  # [N, K, D]
+    do_ptr,  # [N, H, D]
+    out_ptr,  # [N, H, D]
+    lse_ptr,  # [N, H]
+    delta_ptr,  # [N, H], written here
+    dq_ptr,  # [N, H, D]
+    union_row_ptr,
+    union_mask_ptr,
+    union_count_ptr,
+    tile_start_ptr,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    do_row,
+    do_head,
+    H,
+    K,
+    c,
+    mask_value,
+    limit,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    TT: tl.constexpr,
+    LIST: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dq of one tile x one KV head, if its union has at most ``limit`` blocks."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    count = tl.load(union_count_ptr + tile * K + head)
+    if count > limit:
+        return
+    M: tl.constexpr = TT * GP
+    TP: tl.constexpr = TT if TT > 16 else 16
+    row0 = tl.load(tile_start_ptr + tile)
+    rows = tl.load(tile_start_ptr + tile + 1) - row0
+    r, d = tl.arange(0, M), tl.arange(0, DP)
+    token, g = r // GP, r % GP
+    live = (token < rows) & (g < G)
+    row, h = (row0 + token).to(tl.int64), head * G + g
+    q_md, do_md, lse, delta = _load_rows(
+        q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head, row * H + h,
+        live, D, DP,
+    )  # fmt: skip
+    MASK: tl.constexpr = tl.float32 if q_md.dtype == tl.float32 else tl.bfloat16
+    one_hot = (token[:, None] == tl.arange(0, TP)[None, :]).to(MASK)
+    acc_md = tl.zeros([M, DP], tl.float32)
+    entries = (tile.to(tl.int64) * K + head) * LIST
+    k_ptr += head * k_head
+    v_ptr += head * v_head
+    for n0 in range(0, count * S, BN):
+        key, bias = tile_columns(
+            union_row_ptr + entries, union_mask_ptr + entries, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP
+        )
+        k_nd = load_rows(k_ptr, key, k_row, D, DP)
+        v_nd = load_rows(v_ptr, key, v_row, D, DP)
+        s_mn = tl.dot(one_hot, bias, input_precision="ieee")
+        s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
+        p_mn = tl.exp2(s_mn * c - lse[:, None])
+        ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
+        acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
+    dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def token_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    indices_ptr,  # [N, K, slots]
+    starts_ptr,  # [N]
+    union_count_ptr,
+    tile_start_ptr,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    do_row,
+    do_head,
+    H,
+    K,
+    slots,
+    c,
+    limit,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dq of the tokens of one tile x one KV head, if its union has more than ``limit`` blocks."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(union_count_ptr + tile * K + head) <= limit:
+        return
+    row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
+    start = tl.load(starts_ptr + row0).to(tl.int32)
+    g, d = tl.arange(0, M), tl.arange(0, DP)
+    h = head * G + g
+    k_ptr += head * k_head
+    v_ptr += head * v_head
+    for t in range(row0, end):
+        row = t.to(tl.int64)
+        q_md, do_md, lse, delta = _load_rows(
+            q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head,
+            row * H + h, g < G, D, DP,
+        )  # fmt: skip
+        acc_md = tl.zeros([M, DP], tl.float32)
+        mine = indices_ptr + (row * K + head) * slots
+        for n0 in range(0, slots * S, BN):
+            key, visible = token_columns(mine, n0, slots, start, t, S, BN)
+            k_nd = load_rows(k_ptr, key, k_row, D, DP)
+            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None]
+            p_mn = tl.where(visible[None, :], tl.exp2(s_mn), 0.0)
+            ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
+            acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
+        dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=(g < G)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [N, K, D]
+    v_ptr,  # [N, K, D]
+    do_ptr,  # [N, H, D]
+    lse_ptr,  # [N, H]
+    delta_ptr,  # [N, H]
+    entry_ptr,  # readers of each group of blocks: token * 16 + bit per block of the group
+    work_ptr,  # [works, 3] group, first entry, end
+    work_offset_ptr,  # [groups + 1] first work item of each group
+    super_start_ptr,  # [supers + 1] first key row of each super-block of 4 blocks
+    part_ptr,  # [2, units * S, DP] float32 partial dk, dv
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    do_row,
+    do_head,
+    H,
+    K,
+    supers,
+    part_rows,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    NB: tl.constexpr,
+    CT: tl.constexpr,
+    TQ: tl.constexpr,
+):
+    """Partial dk, dv of CT key rows of one work item; program axis 1 walks the item's NB * S rows."""
+    GROUPS: tl.constexpr = 4 // NB  # per super-block
+    REGION: tl.constexpr = 0 if NB == 1 else 4 if NB == 2 else 6  # first group of this size, per (KV head, super-block)
+    before2 = tl.load(work_offset_ptr + K * supers * 4)
+    before4 = tl.load(work_offset_ptr + K * supers * 6)
+    pid = tl.program_id(0)
+    if NB == 1:
+        work, end, unit = pid, before2, pid
+    elif NB == 2:
+        work, end, unit = before2 + pid, before4, before2 + 2 * pid
+    else:
+        work = before4 + pid
+        end = tl.load(work_offset_ptr + K * supers * 7)
+        unit = before2 + 2 * (before4 - before2) + 4 * pid
+    if work >= end:
+        return
+    group = tl.load(work_ptr + work * 3) - K * supers * REGION
+    first, last = tl.load(work_ptr + work * 3 + 1), tl.load(work_ptr + work * 3 + 2)
+    head, in_head = group // (supers * GROUPS), group % (supers * GROUPS)
+    super_block, j = in_head // GROUPS, in_head % GROUPS
+    n = tl.program_id(1) * CT + tl.arange(0, CT)
+    key_row = tl.load(super_start_ptr + super_block) + j * NB * S + n
+    key_end = tl.load(super_start_ptr + super_block + 1)
+    bit = n // S
+    key = tl.minimum(key_row, key_end - 1)
+    k_nd = load_rows(k_ptr + head * k_head, key, k_row, D, DP)
+    v_nd = load_rows(v_ptr + head * v_head, key, v_row, D, DP)
+    dk_dn = tl.zeros([DP, CT], tl.float32)
+    dv_dn = tl.zeros([DP, CT], tl.float32)
+    M: tl.constexpr = TQ * GP
+    r, d = tl.arange(0, M), tl.arange(0, DP)
+    g = r % GP
+    h = head * G + tl.minimum(g, G - 1)
+    for e0 in range(first, last, TQ):
+        e = e0 + r // GP
+        live = (e < last) & (g < G)
+        entry = tl.load(entry_ptr + tl.minimum(e, last - 1))
+        token = entry >> 4
+        row = token.to(tl.int64)
+        q_md = load_rows(q_ptr, row * q_row + h * q_head, 1, D, DP)
+        do_md = load_rows(do_ptr, row * do_row + h * do_head, 1, D, DP)
+        lse = tl.load(lse_ptr + row * H + h) * LOG2E
+        delta = tl.load(delta_ptr + row * H + h)
+        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None]
+        seen = tl.where(live, token, -1)
+        visible = key_row[None, :] <= seen[:, None]
+        if NB > 1:
+            visible &= ((entry[:, None] >> bit[None, :]) & 1) != 0
+        p_mn = tl.where(visible, tl.exp2(s_mn), 0.0)
+        dv_dn = tl.dot(tl.trans(do_md), p_mn.to(do_md.dtype), dv_dn, input_precision="ieee")
+        ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
+        dk_dn = tl.dot(tl.trans(q_md), ds_mn.to(q_md.dtype), dk_dn, input_precision="ieee")
+    out = (unit.to(tl.int64) * S + n)[None, :] * DP + d[:, None]
+    tl.store(part_ptr + out, dk_dn * (c * LN2))
+    tl.store(part_ptr + part_rows.to(tl.int64) * DP + out, dv_dn)
+
+
+@triton.jit
+def dkv_reduce_kernel(
+    part_ptr,  # [2, units * S, DP]
+    work_offset_ptr,  # [groups + 1]
+    level_ptr,  # [K, supers] log2 of the blocks per group
+    super_start_ptr,
+    dk_ptr,  # [N, K, D]
+    dv_ptr,  # [N, K, D]
+    K,
+    supers,
+    part_rows,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Sum the partial rows of one block in the order of its work items; 0 for a block that nobody read."""
+    super_block, head, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    key_end = tl.load(super_start_ptr + super_block + 1)
+    n, d = tl.arange(0, S), tl.arange(0, DP)
+    key_row = tl.load(super_start_ptr + super_block) + j * S + n
+    level = tl.load(level_ptr + head * supers + super_block)
+    before2 = tl.load(work_offset_ptr + K * supers * 4)
+    before4 = tl.load(work_offset_ptr + K * supers * 6)
+    nth = head * supers + super_block
+    if level == 0:
+        group = nth * 4 + j
+    elif level == 1:
+        group = K * supers * 4 + nth * 2 + j // 2
+    else:
+        group = K * supers * 6 + nth
+    first, last = tl.load(work_offset_ptr + group), tl.load(work_offset_ptr + group + 1)
+    base = tl.where(level == 0, 0, tl.where(level == 1, before2, before4))
+    unit0 = tl.where(level == 2, before2 + 2 * (before4 - before2), base)
+    dk_nd = tl.zeros([S, DP], tl.float32)
+    dv_nd = tl.zeros([S, DP], tl.float32)
+    for work in range(first, last):
+        unit = unit0 + ((work - base) << level) + (j & ((1 << level) - 1))
+        part = (unit.to(tl.int64) * S + n)[:, None] * DP + d[None, :]
+        dk_nd += tl.load(part_ptr + part)
+        dv_nd += tl.load(part_ptr + part_rows.to(tl.int64) * DP + part)
+    out = (key_row.to(tl.int64) * K + head)[:, None] * D + d[None, :]
+    live = (key_row < key_end)[:, None] & (d < D)[None, :]
+    tl.store(dk_ptr + out, dk_nd.to(dk_ptr.dtype.element_ty), mask=live)
+    tl.store(dv_ptr + out, dv_nd.to(dv_ptr.dtype.element_ty), mask=live)

@@ -1,0 +1,252 @@
+"""Block-sparse attention, forward, in Triton. Two kernels share the work tile by tile.
+
+    x = c q . k + 192,  m = max over the row of ceil(x),  p = 2^(x - m),  O = sum p v / sum p,  c = scale * log2(e)
+
+`union_forward_kernel` takes a tile of neighbouring tokens x the heads of a group as rows and the union of their blocks
+as columns; a mask says who reads what. It serves the tiles whose union is small. `token_forward_kernel` takes one token
+and gathers its own blocks; it serves the tokens of all other tiles. Who serves a tile is read from the union's size on
+the device, so nothing waits for the host.
+
+A row's bits do not depend on its neighbours' blocks, which decide about the kernel and the union (a future token must
+not change the past): blocks come in ascending order, each fills whole steps of the matrix unit, blocks that a row does
+not read add exact zeros, the running maximum is an integer, so rescaling is by a power of two, and the row sum adds 16
+columns at a time in order. Adding 192 rounds the exponent to a grid of 2^-16 (for |c q.k| < 64) that no later
+subtraction leaves.
+
+Loads are not masked: a row that must not be read is replaced by one of the query's own document (so that a NaN of
+another document stays there) and its logit is masked.
+
+Shapes: M rows (tokens of the tile x GP padded heads), N columns (keys), D head dim padded to DP, S block size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+OFFSET = tl.constexpr(192.0)
+LOWEST = tl.constexpr(-(2.0**30))  # running maximum of a row that has seen nothing; masked logits are at -2^40
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _add16(l_m16, p_mn, M: tl.constexpr, N: tl.constexpr):
+    """Add the columns of ``p`` to ``l``, 16 at a time, from left to right; registers only."""
+    if N == 16:
+        l_m16 += p_mn
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(p_mn, [M, 2, N // 2]), (0, 2, 1)))
+        if N == 32:
+            l_m16 = (l_m16 + left) + right
+        else:
+            l_m16 = _add32(_add32(l_m16, left, M, N // 2), right, M, N // 2)
+    return l_m16
+
+
+@triton.jit
+def _add32(l_m16, p_mn, M: tl.constexpr, N: tl.constexpr):
+    left, right = tl.split(tl.permute(tl.reshape(p_mn, [M, 2, N // 2]), (0, 2, 1)))
+    if N == 32:
+        l_m16 = (l_m16 + left) + right
+    else:
+        l_m16 = _add64(_add64(l_m16, left, M), right, M)
+    return l_m16
+
+
+@triton.jit
+def _add64(l_m16, p_m32, M: tl.constexpr):
+    left, right = tl.split(tl.permute(tl.reshape(p_m32, [M, 2, 16]), (0, 2, 1)))
+    return (l_m16 + left) + right
+
+
+@triton.jit
+def _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M: tl.constexpr, N: tl.constexpr):
+    """One step of the softmax over the columns of ``s``."""
+    x_mn = s_mn * c + OFFSET
+    top = tl.maximum(m, tl.ceil(tl.max(x_mn, 1)))
+    p_mn = tl.exp2(x_mn - top[:, None])
+    rescale = tl.exp2(m - top)
+    l_m16 = _add16(l_m16 * rescale[:, None], p_mn, M, N)
+    acc_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, acc_md * rescale[:, None], input_precision="ieee")
+    return top, l_m16, acc_md
+
+
+@triton.jit
+def _finish(m, l_m16, acc_md):
+    """Output rows and natural log-sum-exp; 0 and -inf for a row that read nothing."""
+    l = tl.sum(l_m16, 1)
+    some = l > 0
+    safe = tl.where(some, l, 1.0)
+    lse = tl.where(some, (m - OFFSET + tl.log2(safe)) * LN2, float("-inf"))
+    return acc_md * (1.0 / safe)[:, None], lse
+
+
+@triton.jit
+def load_rows(base, rows, row_stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows ``[rows, DP]`` of a tensor with D adjacent elements per row; zeros beyond D."""
+    d = tl.arange(0, DP)
+    at = base + rows.to(tl.int64)[:, None] * row_stride + d[None, :]
+    if D == DP:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def tile_columns(
+    entries_row, entries_mask, n0, row0, last_row, mask_value, dtype: tl.constexpr,
+    S: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """Key rows to load ``[BN]`` and ``[TP, BN]``: 0 where token i of the tile reads column n, else ``mask_value``.
+
+    A product of the latter with the tokens' one-hot rows starts the logits: one small matrix product instead of integer
+    work per logit. ``dtype`` is bfloat16 (float16 lacks the range), float32 for float32 inputs (the interpreter).
+    """
+    column = n0 + tl.arange(0, BN)
+    key_row = tl.load(entries_row + column // S) + column % S
+    bits = tl.load(entries_mask + column // S)
+    bits &= -1 << tl.minimum(tl.maximum(key_row - row0, 0), 31)  # tokens before the key do not see it
+    bits = tl.where(key_row - row0 > 31, 0, bits)
+    i = tl.arange(0, TP)
+    bias = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, 0.0, mask_value).to(dtype)
+    return tl.minimum(key_row, last_row), bias
+
+
+@triton.jit
+def union_forward_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [N, K, D]
+    v_ptr,  # [N, K, D]
+    out_ptr,  # [N, H, D]
+    lse_ptr,  # [N, H]
+    union_row_ptr,  # [tiles, K, LIST]
+    union_mask_ptr,  # [tiles, K, LIST]
+    union_count_ptr,  # [tiles, K]
+    tile_start_ptr,  # [tiles + 1]
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    H,
+    K,
+    c,
+    mask_value,
+    limit,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    TT: tl.constexpr,
+    LIST: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One tile of TT tokens x one KV head, if its union has at most ``limit`` blocks."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    count = tl.load(union_count_ptr + tile * K + head)
+    if count > limit:
+        return
+    M: tl.constexpr = TT * GP
+    TP: tl.constexpr = TT if TT > 16 else 16
+    row0 = tl.load(tile_start_ptr + tile)
+    rows = tl.load(tile_start_ptr + tile + 1) - row0
+    r, d = tl.arange(0, M), tl.arange(0, DP)
+    token, g = r // GP, r % GP
+    live = (token < rows) & (g < G)
+    live_md = live[:, None] & (d < D)[None, :]
+    row = (row0 + token).to(tl.int64)
+    q_md = tl.load(q_ptr + (row * q_row + (head * G + g) * q_head)[:, None] + d[None, :], mask=live_md, other=0.0)
+    MASK: tl.constexpr = tl.float32 if q_md.dtype == tl.float32 else tl.bfloat16
+    one_hot = (token[:, None] == tl.arange(0, TP)[None, :]).to(MASK)
+    m = tl.full([M], LOWEST, tl.float32)
+    l_m16 = tl.zeros([M, 16], tl.float32)
+    acc_md = tl.zeros([M, DP], tl.float32)
+    entries = (tile.to(tl.int64) * K + head) * LIST
+    k_ptr += head * k_head
+    v_ptr += head * v_head
+    for n0 in range(0, count * S, BN):
+        key, bias = tile_columns(
+            union_row_ptr + entries, union_mask_ptr + entries, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP
+        )
+        k_nd = load_rows(k_ptr, key, k_row, D, DP)
+        v_nd = load_rows(v_ptr, key, v_row, D, DP)
+        s_mn = tl.dot(one_hot, bias, input_precision="ieee")
+        s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
+        m, l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+    out_md, lse = _finish(m, l_m16, acc_md)
+    out = row * H + head * G + g
+    tl.store(out_ptr + out[:, None] * D + d[None, :], out_md.to(out_ptr.dtype.element_ty), mask=live_md)
+    tl.store(lse_ptr + out, lse, mask=live)
+
+
+@triton.jit
+def token_columns(mine, n0, slots, start, t, S: tl.constexpr, BN: tl.constexpr):
+    """Key rows to load ``[BN]`` and which of them token t reads; unread columns load the token's own row."""
+    column = n0 + tl.arange(0, BN)
+    block = tl.load(mine + column // S, mask=column < slots * S, other=-1).to(tl.int32)
+    key_row = start + block * S + column % S
+    visible = (block >= 0) & (key_row <= t)
+    return tl.where(visible, key_row, t), visible
+
+
+@triton.jit
+def token_forward_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [N, K, D]
+    v_ptr,  # [N, K, D]
+    out_ptr,  # [N, H, D]
+    lse_ptr,  # [N, H]
+    indices_ptr,  # [N, K, slots]
+    starts_ptr,  # [N]
+    union_count_ptr,  # [tiles, K]
+    tile_start_ptr,  # [tiles + 1]
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    H,
+    K,
+    slots,
+    c,
+    mask_value,
+    limit,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The tokens of one tile, one after the other, x one KV head, if its union has more than ``limit`` blocks."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(union_count_ptr + tile * K + head) <= limit:
+        return
+    row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
+    start = tl.load(starts_ptr + row0).to(tl.int32)
+    g, d = tl.arange(0, M), tl.arange(0, DP)
+    live_md = (g < G)[:, None] & (d < D)[None, :]
+    k_ptr += head * k_head
+    v_ptr += head * v_head
+    for t in range(row0, end):
+        row = t.to(tl.int64)
+        q_md = tl.load(q_ptr + row * q_row + (head * G + g)[:, None] * q_head + d[None, :], mask=live_md, other=0.0)
+        m = tl.full([M], LOWEST, tl.float32)
+        l_m16 = tl.zeros([M, 16], tl.float32)
+        acc_md = tl.zeros([M, DP], tl.float32)
+        mine = indices_ptr + (row * K + head) * slots
+        for n0 in range(0, slots * S, BN):
+            key, visible = token_columns(mine, n0, slots, start, t, S, BN)
+            k_nd = load_rows(k_ptr, key, k_row, D, DP)
+            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            s_mn = tl.where(visible[None, :], s_mn, mask_value)
+            m, l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+        out_md, lse = _finish(m, l_m16, acc_md)
+        out = row * H + head * G + g
+        tl.store(out_ptr + out[:, None] * D + d[None, :], out_md.to(out_ptr.dtype.element_ty), mask=live_md)
+        tl.store(lse_ptr + out, lse, mask=g < G)
