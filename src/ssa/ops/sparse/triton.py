@@ -17,7 +17,7 @@ from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
 from ssa.ops.sparse.triton_index import reader_index
 from ssa.ops.sparse.triton_union import union_kernel
-from ssa.ops.triton_support import LOG2E, capability, flat, next_power_of_two
+from ssa.ops.triton_support import LOG2E, flat, next_power_of_two
 
 MASKED = -(2.0**40)  # exponent of a key that a row does not read
 LIST_PADDING = 8  # union entries that nobody reads; at least columns / 16 of every union launch
