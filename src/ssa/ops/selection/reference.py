@@ -43,13 +43,13 @@ def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout
         step = max(1, CHUNK_ELEMENTS // (H * (hi - lo)))
         for t in range(0, T, step):
             chunk = slice(t, t + step)
-            out[row, chunk] = _select_chunk(
+            out[row, chunk] = select_chunk(
                 q[row, chunk], pooled[lo:hi], first[row, chunk] - lo, positions[row, chunk], spec, scale
             )
     return out
 
 
-def _select_chunk(q: Tensor, pooled: Tensor, first: Tensor, position: Tensor, spec: SparseSpec, scale: float) -> Tensor:
+def select_chunk(q: Tensor, pooled: Tensor, first: Tensor, position: Tensor, spec: SparseSpec, scale: float) -> Tensor:
     """Selection of t queries ``q [t, H, D]`` among a row's ``pooled [N, K, D]``; ``first``, ``position`` ``[t]``."""
     S = spec.block_size
     block = torch.arange(pooled.shape[0], device=q.device) - first[:, None].long()  # [t, N] relative to the document

@@ -51,9 +51,9 @@ class _SparseAttention(torch.autograd.Function):
         lse = torch.empty(B, T, H, dtype=wide, device=q.device)
         q_, k_, v_, i_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices))
         K = k.shape[2]
-        for chunk, entries, visible in _gather_plan(i_, S, layout, D):
-            key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
-            logits = _logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
+        for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
+            key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
+            logits = masked_logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
             probability = logits.softmax(-1)  # not exp(logits - lse): a large lse has few digits after the point
             out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
             lse.view(B * T, H)[chunk] = logits.logsumexp(-1).flatten(1)
@@ -74,10 +74,10 @@ class _SparseAttention(torch.autograd.Function):
         dq = torch.empty(B * T, H, D, dtype=wide, device=q.device)
         dk = torch.zeros(B * T * K, D, dtype=wide, device=q.device)
         dv = torch.zeros_like(dk)
-        for chunk, entries, visible in _gather_plan(i_, S, layout, D):
-            key, value = _take(k_, entries).to(wide), _take(v_, entries).to(wide)
+        for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
+            key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
             query, d_o, o = (_grouped(x[chunk], K).to(wide) for x in (q_, do_, o_))  # [c, K, G, D]
-            logits = _logits(query, key, visible, scale)
+            logits = masked_logits(query, key, visible, scale)
             probability = logits.softmax(-1)  # [c, K, G, M]
             d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
             dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
@@ -94,14 +94,21 @@ class _SparseAttention(torch.autograd.Function):
         )
 
 
-def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _places(layout: DocumentLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat row of each token's document and its position in there, ``[N]`` each."""
+    return layout.starts(device).view(-1), layout.positions(device).view(-1)
+
+
+def gather_plan(
+    indices: Tensor, S: int, start: Tensor, position: Tensor, D: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Per chunk of queries: which queries, their keys ``[c, K, M]`` as entries of the flat ``[N*K, D]``, which count.
 
+    ``indices [N, K, n]``; ``start``, ``position`` ``[N]``: flat row where the query's document begins, place in it.
     Keys that do not count point at the query's own row: they get probability 0, and 0 times the NaN of a row that
     belongs to another document would be NaN.
     """
     N, K, n = indices.shape
-    start, position = layout.starts(indices.device).view(-1), layout.positions(indices.device).view(-1)
     head = torch.arange(K, device=indices.device)[:, None]
     inside = torch.arange(S, device=indices.device)
     step = max(1, CHUNK_ELEMENTS // (K * n * S * D))
@@ -114,7 +121,7 @@ def _gather_plan(indices: Tensor, S: int, layout: DocumentLayout, D: int) -> Ite
         yield chunk, rows * K + head, visible
 
 
-def _take(x: Tensor, entries: Tensor) -> Tensor:
+def take(x: Tensor, entries: Tensor) -> Tensor:
     """``x [N, K, D]`` at the flat ``entries [c, K, M]``: ``[c, K, M, D]``."""
     return x.flatten(0, 1).index_select(0, entries.flatten()).view(*entries.shape, -1)
 
@@ -124,6 +131,6 @@ def _grouped(x: Tensor, K: int) -> Tensor:
     return x.unflatten(1, (K, -1))
 
 
-def _logits(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
+def masked_logits(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Scaled logits ``[c, K, G, M]``, -inf where not visible."""
     return ((query @ key.mT) * scale).masked_fill(~visible[:, :, None], float("-inf"))
