@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "_version": set(),
     "documents": {"errors"},
     "__init__": {"documents", "model", *BASE},  # the names of `import ssa`, loaded on first use
+    "__main__": {"cli"},
     "environment": BASE,
     "ops": {"documents", "errors"},
     "bench": {"ops", "documents", "errors", "_version", "environment"},

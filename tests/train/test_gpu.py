@@ -9,7 +9,7 @@ import torch
 from tiny_runs import results, tiny
 
 from ssa.train.loop import train
-from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer
+from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, gradient_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -25,7 +25,7 @@ def test_an_update_never_waits_for_the_gpu(data: Path) -> None:
         for step in range(1, 6):
             loss = model(x).square().mean()
             loss.backward()
-            apply_gradients(optimizer, guard, recipe, step, loss.detach())
+            apply_gradients(optimizer, guard, recipe, step, loss.detach(), gradient_norm(optimizer))
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert not guard.read().steps

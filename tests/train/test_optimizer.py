@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, learning_rate
+from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, gradient_norm, learning_rate
 from ssa.train.recipe import OptimizerSection
 from ssa.train.recipe_file import load_recipe
 
@@ -57,12 +57,13 @@ class Steps:
         self.guard = StepGuard(torch.device("cpu"))
         self.number = 0
 
-    def take(self, gradient: float = 1.0, loss: float = 1.0) -> Tensor:
+    def take(self, gradient: float = 1.0, loss: float = 1.0) -> None:
         self.number += 1
         for p in self.model.parameters():
             p.grad = torch.full_like(p, 1.0)
         next(self.model.parameters()).grad[0, 0] = gradient  # type: ignore[index]
-        return apply_gradients(self.optimizer, self.guard, RECIPE, self.number, torch.tensor(loss))
+        norm = gradient_norm(self.optimizer)
+        apply_gradients(self.optimizer, self.guard, RECIPE, self.number, torch.tensor(loss), norm)
 
     def snapshot(self) -> list[Tensor]:
         states = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -125,7 +126,8 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
     model = nn.Linear(2, 2, bias=False)
     optimizer = build_optimizer(model, RECIPE.optimizer)
     model.weight.grad = torch.full_like(model.weight, 30.0)
-    norm = apply_gradients(optimizer, StepGuard(torch.device("cpu")), RECIPE, 1, torch.tensor(1.0))
+    norm = gradient_norm(optimizer)
+    apply_gradients(optimizer, StepGuard(torch.device("cpu")), RECIPE, 1, torch.tensor(1.0), norm)
     assert norm == 60.0
     first_moment = optimizer.state[model.weight]["exp_avg"]
     assert torch.allclose(first_moment, torch.full_like(first_moment, 0.1 * 0.5), rtol=1e-4)

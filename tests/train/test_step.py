@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssa.data import Loader, PackedDataset
 from ssa.model import SSAForCausalLM
-from ssa.train.loop import build_model
+from ssa.train.build import build_model
 from ssa.train.step import StepSums, accumulate_gradients
 from ssa.train.streams import Stream
 

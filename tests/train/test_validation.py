@@ -10,7 +10,7 @@ import torch
 from tiny_runs import VOCABULARY, tiny
 
 from ssa.data import Loader, PackedDataset
-from ssa.train.loop import build_model, read_validation_rows
+from ssa.train.build import build_model, read_validation_rows
 from ssa.train.validation import validate
 
 CPU = torch.device("cpu")

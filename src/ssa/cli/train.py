@@ -83,7 +83,7 @@ def summarise(recipe: Recipe) -> str:
     import torch
 
     from ssa.model import SSAForCausalLM
-    from ssa.train.loop import open_dataset
+    from ssa.train.build import open_dataset
     from ssa.train.recipe_file import dump_recipe
 
     prepared = Path(recipe.data.path).is_dir()

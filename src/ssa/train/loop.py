@@ -1,40 +1,58 @@
-"""The training loop: plain PyTorch, one process, resumable to the bit."""
+"""The training loop: plain PyTorch on any number of processes, resumable to the bit."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ssa._version import __version__
 from ssa.data import Batch, Loader, PackedDataset
 from ssa.environment import commit, machine
-from ssa.errors import ConfigError, NumericError, OutOfMemoryError, SSAError
-from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.errors import NumericError, OutOfMemoryError, SSAError
+from ssa.model import SSAForCausalLM
 from ssa.train import checkpoint
+from ssa.train.build import (
+    build_model,
+    check_split,
+    compile_layers,
+    configure,
+    open_dataset,
+    read_validation_rows,
+    recompute_activations,
+)
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
 from ssa.train.interrupt import Interrupt
-from ssa.train.optimizer import MAX_SKIPS_IN_ROW, StepGuard, apply_gradients, build_optimizer, learning_rate
+from ssa.train.optimizer import (
+    MAX_SKIPS_IN_ROW,
+    StepGuard,
+    apply_gradients,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+)
+from ssa.train.ranks import Ranks, open_ranks
 from ssa.train.recipe import Recipe
 from ssa.train.recipe_file import dump_recipe
 from ssa.train.run_folder import RunFolder, clear_way, export_model, open_run
+from ssa.train.sharding import resolve_shard, shard_model
 from ssa.train.state import STATE, TrainingState, check_resumable, read_state
-from ssa.train.step import StepSums, accumulate_gradients
-from ssa.train.streams import draw_stream
+from ssa.train.step import StepSize, StepSums, accumulate_gradients, sum_over_ranks
+from ssa.train.streams import Stream, draw_stream
 from ssa.train.telemetry import Telemetry, say, truncate_metrics
-from ssa.train.tensors import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from ssa.train.tensors import gather, load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from ssa.train.validation import validate
-from ssa.train.world import World, autocast, check_precision, read_world, resolve_device
+from ssa.train.world import autocast, check_precision, read_world, resolve_device
 
 MODEL, OPTIMIZER, CONFIG = "model.safetensors", "optimizer.safetensors", "config.json"
 EXIT_CODES = {"finished": 0, "SIGINT": 130, "SIGTERM": 143}
@@ -71,72 +89,43 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: str | Path | No
     Raises:
         SSAError: of the kind that says what is wrong (recipe, data, checkpoint, numbers, memory, disk).
     """
-    world, device = read_world(), resolve_device(recipe.training.device)
+    world = read_world()
+    device = resolve_device(recipe.training.device, world)
     check_precision(recipe.training.precision, device)
+    check_split(recipe, world.size)
+    resolve_shard(recipe.training.shard, world.size)
     dataset = open_dataset(recipe, "train")
     validation = read_validation_rows(recipe)
     config = configure(recipe, dataset)
-    with open_run(Path(out or recipe.output or f"runs/{recipe.name}"), resume) as folder:
-        state = None
+    path = Path(out or recipe.output or f"runs/{recipe.name}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with open_ranks(world, device, recipe.training.timeout_seconds) as ranks, ExitStack() as stack:
+        with ranks.watch(lambda: "start"):
+            folder = _open_folder(ranks, path, resume, recipe, dataset, stack)
+            model = build_model(config, recipe.seed)
+            trainer = Trainer(recipe, model, dataset, validation, folder, device, ranks)
+            ranks.lead(lambda: None)  # weights may take a while to make or read; wait for the last rank
+        with ranks.watch(lambda: f"step {trainer.step + 1}"):
+            return trainer.run()
+
+
+def _open_folder(
+    ranks: Ranks, path: Path, resume: str | Path | None, recipe: Recipe, dataset: PackedDataset, stack: ExitStack
+) -> RunFolder:
+    """Rank 0 locks the folder until ``stack`` closes, and checks what is resumed; the others hear the result."""
+
+    def open_and_check() -> list[str]:
+        folder = stack.enter_context(open_run(path, resume))
         if folder.start is not None:
-            state = read_state(folder.start)
             dataset.verify()  # the manifest's fingerprint says what the rows were, not what they are
-            check_resumable(state, recipe, dataset.fingerprint, folder.start)
+            check_resumable(read_state(folder.start), recipe, dataset.fingerprint, folder.start)
         for note in (*folder.notes, *clear_way(folder)):
             say(f"ssa train: {note}")
-        model = build_model(config, recipe.seed)
-        return Trainer(recipe, model, dataset, validation, folder, device, world, state).run()
+        return [] if folder.start is None else [str(folder.start)]
 
-
-def open_dataset(recipe: Recipe, split: str) -> PackedDataset:
-    """Open a split of the recipe's data.
-
-    Raises:
-        ConfigError: rows of another length, or a larger vocabulary, than the recipe says.
-        DataError: no prepared data there.
-    """
-    dataset = PackedDataset(recipe.data.path, split)
-    if dataset.row_length != recipe.data.row_length:
-        raise ConfigError("data.row_length", recipe.data.row_length, f"{dataset.row_length}, as in {recipe.data.path}")
-    if recipe.model.vocab_size is not None and dataset.vocab_size > recipe.model.vocab_size:
-        expected = f"at least the {dataset.vocab_size} ids of {recipe.data.path}"
-        raise ConfigError("model.vocab_size", recipe.model.vocab_size, expected)
-    return dataset
-
-
-def read_validation_rows(recipe: Recipe) -> list[Batch]:
-    """The first rows of the valid split, as micro-batches; none if the recipe does not validate."""
-    training = recipe.training
-    if not training.validate_every:
-        return []
-    dataset = open_dataset(recipe, "valid")
-    return list(Loader(dataset, training.micro_batch_rows, shuffle=False, epochs=1, limit=training.validate_rows))
-
-
-def configure(recipe: Recipe, dataset: PackedDataset) -> SSAConfig:
-    """The model's configuration, with the special tokens of the data's tokenizer, which generation needs."""
-    config = recipe.model_config(dataset.vocab_size)
-    tokenizer = dataset.tokenizer()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    return config
-
-
-def build_model(config: SSAConfig, seed: int) -> SSAForCausalLM:
-    """A model with the initial weights of ``seed``, on the CPU so that they are the same for any device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SSAForCausalLM(config)
-
-
-def compile_layers(model: SSAForCausalLM) -> None:
-    """Compile, in place, the layers whose graph is the same for every batch.
-
-    Attention is not among them: its graph follows the documents of a batch, so it would be compiled again and again.
-    """
-    for module in model.modules():
-        if isinstance(module, LlamaMLP | LlamaRMSNorm):
-            module.compile()
+    start = ranks.lead(open_and_check)
+    return RunFolder(path, Path(start[0]) if start else None)
 
 
 @contextmanager
@@ -160,15 +149,26 @@ class Trainer:
         validation: list[Batch],
         folder: RunFolder,
         device: torch.device,
-        world: World,
-        state: TrainingState | None = None,
+        ranks: Ranks,
     ) -> None:
-        self.recipe, self.dataset, self.folder, self.device = recipe, dataset, folder, device
+        self.recipe, self.dataset, self.folder, self.device, self.ranks = recipe, dataset, folder, device, ranks
+        training, size = recipe.training, ranks.world.size
+        state = None if folder.start is None else read_state(folder.start)
         self.validation = validation
-        self.context = partial(autocast, recipe.training.precision, device)
+        self.context = partial(autocast, training.precision, device)
+        self.parameters = model.num_parameters()
         if folder.start is not None:
             load_model_tensors(model, checkpoint.read_tensors(folder.start, MODEL), f"{folder.start / MODEL}")
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
+        if training.activation_checkpointing:
+            recompute_activations(model)
+        if training.compile:
+            compile_layers(model)
+        self.copies = 1  # ranks that hold each part of the gradients
+        if size > 1:
+            shard = resolve_shard(training.shard, size)
+            self.copies = size // shard
+            shard_model(model, ranks, shard, training.precision, device)
         self.model = model.train()
         self.optimizer = build_optimizer(model, recipe.optimizer)
         if folder.start is not None:
@@ -176,17 +176,12 @@ class Trainer:
             load_optimizer_tensors(model, self.optimizer, moments, f"{folder.start / OPTIMIZER}")
         self.step, self.tokens = (state.step, state.tokens) if state else (0, 0)
         self.guard = StepGuard(device, *((state.skipped, state.skipped_in_row) if state else (0, 0)))
-        rows = recipe.training.micro_batch_rows
-        self.loader = Loader(dataset, rows, recipe.seed, rank=world.rank, world_size=world.size)
+        self.loader = Loader(dataset, training.micro_batch_rows, recipe.seed, rank=ranks.world.rank, world_size=size)
         if state:
             self.loader.load_state(state.data)
+        self._recipe_text = f"{__version__} {dump_recipe(recipe)}"
+        self._saved_step = self.step
         self._seconds_before = state.seconds if state else 0.0
-        if recipe.training.activation_checkpointing:
-            # The first is the name since transformers 5.24; the second goes with v6.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        if recipe.training.compile:
-            compile_layers(model)
 
     # ------------------------------------------------------------------ the run
     def run(self) -> Outcome:
@@ -195,14 +190,9 @@ class Trainer:
         self._tokens_at_mark = self.tokens
         self.telemetry = self._open_telemetry()
         try:
-            with Interrupt() as interrupt:
-                while self.step < self.recipe.steps and interrupt.received is None:
-                    with _memory_errors(self.step + 1):
-                        self._do_step(interrupt)
-            finished = interrupt.received is None
-            reason = "finished" if interrupt.received is None else interrupt.received.name
-            if finished:
-                export_model(self.model, Path(self.recipe.data.path), self.folder)
+            reason = self._train()
+            if reason == "finished":
+                self._export()
             self.telemetry.record("end", step=self.step, seconds=self._seconds(), reason=reason)
             return Outcome(self.step, reason, self.folder.path)
         except SSAError as error:
@@ -211,22 +201,58 @@ class Trainer:
         finally:
             self.telemetry.close()
 
-    def _do_step(self, interrupt: Interrupt) -> None:
-        training, step = self.recipe.training, self.step + 1
-        last = step == self.recipe.steps
-        fault_point("step", step)
-        stream = draw_stream(self.recipe.seed, step, float(self.model.config.full_probability or 0.0))
-        batches = list(islice(self.loader, training.rows_per_step // training.micro_batch_rows))
-        sums = accumulate_gradients(self.model, batches, stream, self.device, self.context)
-        norm = apply_gradients(self.optimizer, self.guard, self.recipe, step, sums.loss)
-        self.step, self.tokens = step, self.tokens + sum(batch.input_ids.numel() for batch in batches)
+    def _train(self) -> str:
+        """Do steps until all are done or a rank got a signal; what ended it."""
+        with Interrupt() as interrupt:
+            while self.step < self.recipe.steps:
+                step, position = self.step + 1, self.loader.position
+                stream = draw_stream(self.recipe.seed, step, float(self.model.config.full_probability or 0.0))
+                with _memory_errors(step):
+                    batches = list(islice(self.loader, self._micro_batches()))
+                    size, signal = self._agree(step, stream, position, batches, interrupt)
+                    if signal:
+                        self.loader.position = position  # these rows come again
+                        self._settle()
+                        self._save()
+                        return Signals(signal).name
+                    fault_point("step", step)
+                    self._do_step(step, stream, batches, size)
+        return "finished"
+
+    def _micro_batches(self) -> int:
+        training = self.recipe.training
+        return training.rows_per_step // (training.micro_batch_rows * self.ranks.world.size)
+
+    def _agree(
+        self, step: int, stream: Stream, position: int, batches: list[Batch], interrupt: Interrupt
+    ) -> tuple[StepSize, int]:
+        """Before anything is computed: do all ranks mean the same step? Its size, and a signal that any of them got."""
+        equal = {
+            "step": step,
+            "stream": stream,
+            "loader position": position,
+            "data": self.dataset.fingerprint,
+            "recipe": self._recipe_text,
+        }
+        own = StepSize.of(batches)
+        signals, targets, rows = zip(
+            *self.ranks.agree(f"step {step}", equal, [interrupt.received or 0, own.targets, own.rows]), strict=True
+        )
+        return StepSize(sum(targets), sum(rows)), max(signals)
+
+    def _do_step(self, step: int, stream: Stream, batches: list[Batch], size: StepSize) -> None:
+        training, last = self.recipe.training, step == self.recipe.steps
+        sums = accumulate_gradients(self.model, batches, stream, self.device, self.context, size)
+        sums, norm = sum_over_ranks(sums, gradient_norm(self.optimizer), self.copies, self.ranks)
+        apply_gradients(self.optimizer, self.guard, self.recipe, step, sums.loss, norm)
+        self.step, self.tokens = step, self.tokens + self.recipe.tokens_per_step
         self.telemetry.advance(step)
         if step % training.log_every == 0 or step == 1 or last:
             self._settle()
             self._log(stream, sums, norm)
         if training.validate_every and (step % training.validate_every == 0 or last):
             self._validate()
-        if step % training.checkpoint_every == 0 or last or interrupt.received is not None:
+        if step % training.checkpoint_every == 0 or last:
             self._settle()
             self._save()
 
@@ -246,6 +272,8 @@ class Trainer:
     # ------------------------------------------------------------------ what is written
     def _open_telemetry(self) -> Telemetry:
         recipe, path = self.recipe, self.folder.metrics
+        if not self.ranks.leads:
+            return Telemetry(None, recipe.steps, self.step)
         if self.folder.continues:
             truncate_metrics(path, self.step)
         with disk_errors(self.folder.path):
@@ -258,15 +286,16 @@ class Trainer:
                 name=recipe.name,
                 method=recipe.model.method,
                 seed=recipe.seed,
-                parameters=self.model.num_parameters(),
+                parameters=self.parameters,
                 machine=machine() | {"device": str(self.device)},
                 commit=commit(),
                 version=__version__,
                 steps=recipe.steps,
                 tokens_per_step=recipe.tokens_per_step,
+                processes=self.ranks.world.size,
             )
         if self.folder.start is not None:
-            telemetry.record("resume", step=self.step)
+            telemetry.record("resume", step=self.step, processes=self.ranks.world.size)
         return telemetry
 
     def _log(self, stream: str, sums: StepSums, norm: Tensor) -> None:
@@ -307,11 +336,16 @@ class Trainer:
         return record
 
     def _validate(self) -> None:
-        for mode, value in validate(self.model, self.validation, self.device, self.context).items():
+        for mode, value in self._validation().items():
             self.telemetry.record("validation", step=self.step, mode=mode, cross_entropy=value)
         self._restart_clock()
 
+    def _validation(self) -> dict[str, float]:
+        return validate(self.model, self.validation, self.device, self.context, self.ranks)
+
     def _save(self) -> None:
+        if self.step == self._saved_step:
+            return
         state = TrainingState(
             step=self.step,
             tokens=self.tokens,
@@ -323,11 +357,21 @@ class Trainer:
             recipe=self.recipe.to_dict(),
         )
         self.telemetry.sync()
-        tensors = {MODEL: model_tensors(self.model), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
+        files = {MODEL: model_tensors(self.model), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
+        tensors = {name: gather(values, self.ranks.leads) for name, values in files.items()}
         documents = {CONFIG: self.model.config.to_dict(), STATE: state.to_dict()}
-        checkpoint.write_checkpoint(self.folder.checkpoints, self.step, tensors, documents)
-        checkpoint.retain(self.folder.checkpoints, self.recipe.training.keep_checkpoints)
+
+        def write() -> None:
+            checkpoint.write_checkpoint(self.folder.checkpoints, self.step, tensors, documents)
+            checkpoint.retain(self.folder.checkpoints, self.recipe.training.keep_checkpoints)
+
+        self.ranks.lead(write)
+        self._saved_step = self.step
         self._restart_clock()
+
+    def _export(self) -> None:
+        tensors = gather(model_tensors(self.model), self.ranks.leads)
+        self.ranks.lead(lambda: export_model(self.model.config, tensors, Path(self.recipe.data.path), self.folder))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._begin

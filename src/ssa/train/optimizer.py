@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from ssa.train.recipe import OptimizerSection, Recipe
+from ssa.train.sharding import local
 
 MAX_SKIPS_IN_ROW = 3
 
@@ -89,19 +90,29 @@ class StepGuard:
         return Skips(tuple(skipped), self.in_row >= MAX_SKIPS_IN_ROW)
 
 
-def apply_gradients(optimizer: torch.optim.AdamW, guard: StepGuard, recipe: Recipe, step: int, loss: Tensor) -> Tensor:
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Norm of this rank's gradients, float32 on the device; of all gradients where nothing is sharded."""
+    return get_total_norm(_gradients(optimizer))
+
+
+def apply_gradients(
+    optimizer: torch.optim.AdamW, guard: StepGuard, recipe: Recipe, step: int, loss: Tensor, norm: Tensor
+) -> None:
     """Clip, let the guard judge, and update weights and moments unless it objects.
 
-    Returns:
-        The global gradient norm before clipping, on the device.
+    Args:
+        loss, norm: of the whole step and all ranks, so that all of them clip and skip alike.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    clip_grads_with_norm_(parameters, recipe.optimizer.gradient_clip, norm)
+    factor = (recipe.optimizer.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(_gradients(optimizer), factor)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     # Gradient scalers use the same attribute: the fused kernel then leaves weights, moments and step count as they are.
     optimizer.found_inf = guard.judge(step, loss, norm)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [local(p.grad) for p in parameters if p.grad is not None]

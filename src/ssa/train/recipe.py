@@ -134,11 +134,15 @@ class TrainingSection:
         steps: optimiser steps; give this or tokens.
         tokens: tokens to train on, rounded up to whole steps; give this or steps.
         rows_per_step: rows in one optimiser step over all processes (the global batch).
-        micro_batch_rows: rows in one forward pass; divides rows_per_step. Changes memory, not the result.
+        micro_batch_rows: rows in one forward pass of a process; divides its share of rows_per_step. Changes memory,
+            not the result.
         precision: bf16 runs autocast with weights and optimiser in fp32.
         activation_checkpointing: recompute activations in the backward pass; less memory, more time.
         compile: torch.compile feed-forward and norm layers (attention follows each batch's documents and is not).
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N (one process only).
+        shard: processes that share one copy of weights, gradients and moments; divides their number. None: all of
+            them (FSDP2); 1: each has its own copy (data parallel); between: HSDP. Changes memory, not the result.
+        timeout_seconds: a process that keeps the others waiting longer ends the run.
         log_every: steps between metrics.
         validate_every: steps between validations; 0: never.
         validate_rows: rows of the valid split in one validation.
@@ -155,6 +159,8 @@ class TrainingSection:
     activation_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
+    shard: int | None = None
+    timeout_seconds: float = 50.0
     log_every: int = 10
     validate_every: int = 500
     validate_rows: int = 32
@@ -280,7 +286,9 @@ def _check_model(model: ModelSection) -> None:
 
 def _check_training(training: TrainingSection) -> None:
     counts = ("steps", "tokens", "rows_per_step", "micro_batch_rows", "log_every", "validate_rows")
-    _require_positive("training", training, (*counts, "checkpoint_every", "keep_checkpoints"))
+    _require_positive("training", training, (*counts, "checkpoint_every", "keep_checkpoints", "shard"))
+    seconds = training.timeout_seconds
+    _require(1 <= seconds < 86400, "training.timeout_seconds", seconds, "between 1 and 86400 seconds")
     _require(training.validate_every >= 0, "training.validate_every", training.validate_every, "at least 0 (0: never)")
     given = [f"{key} {value}" for key in ("steps", "tokens") if (value := getattr(training, key)) is not None]
     hint = "setting the other to null (as a flag: --training.steps None)" if given else None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ssa.errors import CheckpointError, ConfigError
-from ssa.model import SSAForCausalLM
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.checkpoint import (
     find_latest,
     list_checkpoints,
@@ -140,13 +143,20 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def export_model(model: SSAForCausalLM, data: Path, folder: RunFolder) -> Path:
+def export_model(config: SSAConfig, tensors: Mapping[str, Tensor], data: Path, folder: RunFolder) -> None:
     """Write ``RUN/model``, a transformers folder with the data's tokenizer; it appears whole or not at all.
+
+    Args:
+        tensors: whole weights by name, tied ones once.
 
     Raises:
         DiskError: the disk cannot be written.
     """
     target, temporary = folder.path / "model", folder.path / ".temporary-model"
+    with torch.device("meta"):
+        model = SSAForCausalLM(config)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)  # not strict: tied weights come once
+    model.tie_weights()
     with disk_errors(target):
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -155,4 +165,3 @@ def export_model(model: SSAForCausalLM, data: Path, folder: RunFolder) -> Path:
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-    return target

@@ -22,6 +22,7 @@ MAY_DIFFER = frozenset(
             for key in (
                 *("steps", "tokens", "micro_batch_rows", "activation_checkpointing", "compile", "device", "log_every"),
                 *("validate_every", "validate_rows", "checkpoint_every", "keep_checkpoints", "tensorboard"),
+                *("shard", "timeout_seconds"),
             )
         ),
     }

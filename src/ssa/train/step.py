@@ -10,9 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from ssa.data import Batch
+from ssa.train.ranks import Ranks
+from ssa.train.sharding import sync_gradients
 from ssa.train.streams import Stream
 
 Context = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step's losses are divided by: its whole size, over all micro-batches and ranks.
+
+    Attributes:
+        targets: next-token targets.
+        rows: rows.
+    """
+
+    targets: int
+    rows: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> StepSize:
+        """Of some micro-batches alone."""
+        return cls(sum(batch.targets for batch in batches), sum(batch.rows for batch in batches))
 
 
 @dataclass
@@ -34,32 +54,58 @@ class StepSums:
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], stream: Stream, device: torch.device, context: Context
+    model: nn.Module,
+    batches: Sequence[Batch],
+    stream: Stream,
+    device: torch.device,
+    context: Context,
+    size: StepSize | None = None,
 ) -> StepSums:
-    """Run the micro-batches of one step and add up their gradients.
+    """Run this rank's micro-batches of one step and add up their gradients.
 
     Cross-entropy is divided by the targets of the whole step, and alignment (a mean over elements) is weighted with
-    the micro-batch's share of the step's rows. Neither depends on how the step is split.
+    the micro-batch's share of the step's rows. Neither depends on how the step is split over micro-batches and ranks.
+
+    Args:
+        size: of the whole step; default: these batches are all of it.
     """
-    targets, rows = sum(batch.targets for batch in batches), sum(batch.rows for batch in batches)
+    size = size or StepSize.of(batches)
+    targets = max(size.targets, 1)  # a step of one-token documents alone has no target: loss 0
     zero = torch.zeros((), device=device)
     sums = StepSums(zero, zero)
-    for batch in batches:
-        share = batch.rows / rows
+    for number, batch in enumerate(batches, 1):
+        share = batch.rows / size.rows
+        sync_gradients(model, number == len(batches))
         with context():
             output = model(
                 batch.input_ids.to(device, non_blocking=True),
                 labels=batch.labels.to(device, non_blocking=True),
                 layout=batch.layout,
                 stream=stream,
-                num_items_in_batch=max(targets, 1),  # a step of one-token documents alone has no target: loss 0
+                num_items_in_batch=targets,
                 alignment_scale=share,
             )
         output.loss.backward()
         sums.loss = sums.loss + output.loss.detach()
-        sums.cross_entropy = sums.cross_entropy + output.cross_entropy * (batch.targets / max(targets, 1))
+        sums.cross_entropy = sums.cross_entropy + output.cross_entropy * (batch.targets / targets)
         for name in ("sparsity_loss", "commitment_loss", "attention_sparsity"):
             value, so_far = getattr(output, name), getattr(sums, name)
             if value is not None:
                 setattr(sums, name, value * share if so_far is None else so_far + value * share)
     return sums
+
+
+def sum_over_ranks(sums: StepSums, norm: Tensor, copies: int, ranks: Ranks) -> tuple[StepSums, Tensor]:
+    """The sums and the gradient norm of the whole step, the same bits on every rank. One communication.
+
+    Args:
+        norm: of this rank's part of the gradients.
+        copies: ranks that hold each part, so that its square counts once.
+    """
+    if ranks.world.size == 1:
+        return sums, norm
+    given = {name: value for name, value in vars(sums).items() if value is not None}
+    packed = torch.cat([norm.double().square().view(1) / copies, *(v.double().view(-1) for v in given.values())])
+    square, *totals = ranks.sum(packed).split([1, *(value.numel() for value in given.values())])
+    shaped = (total.view_as(value).to(value.dtype) for total, value in zip(totals, given.values(), strict=True))
+    return StepSums(**dict(zip(given, shaped, strict=True))), square[0].sqrt().to(norm.dtype)

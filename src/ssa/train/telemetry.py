@@ -147,15 +147,19 @@ class TerminalProgress:
 
 
 class Telemetry:
-    """Sends each record to every sink."""
+    """Sends each record to every sink; silent without a metrics file, as on all ranks but the first."""
 
-    def __init__(self, metrics: Path, steps: int, start_step: int, tensorboard: Path | None = None) -> None:
+    def __init__(self, metrics: Path | None, steps: int, start_step: int, tensorboard: Path | None = None) -> None:
+        self._sinks: list[Sink] = []
+        self._metrics: MetricsFile | None = None
+        self._progress: PlainProgress | TerminalProgress | None = None
+        if metrics is None:
+            return
         self._metrics = MetricsFile(metrics)
         console = Console(stderr=True)
-        self._progress: PlainProgress | TerminalProgress = (
-            TerminalProgress(steps, start_step, console) if console.is_terminal else PlainProgress(steps, sys.stderr)
-        )
-        self._sinks: list[Sink] = [self._metrics, self._progress]
+        plain = PlainProgress(steps, sys.stderr)
+        self._progress = TerminalProgress(steps, start_step, console) if console.is_terminal else plain
+        self._sinks += [self._metrics, self._progress]
         if tensorboard is not None:
             self._sinks.append(TensorBoard(tensorboard, start_step))
 
@@ -170,11 +174,13 @@ class Telemetry:
 
     def advance(self, step: int) -> None:
         """Move the progress bar; costs no synchronisation."""
-        self._progress.advance(step)
+        if self._progress is not None:
+            self._progress.advance(step)
 
     def sync(self) -> None:
         """Bring the metrics to the disk."""
-        self._metrics.sync()
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def close(self) -> None:
         """Close every sink."""

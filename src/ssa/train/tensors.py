@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssa.errors import CheckpointError
+from ssa.train.sharding import spread_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -29,6 +30,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for parameter, state in optimizer.state.items()
         for moment in MOMENTS
     }
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The whole tensors. All ranks must call it with the same names; ``keep`` says which of them want the result.
+
+    Sharded tensors are gathered one by one and kept on the CPU, so that no GPU holds more than one of them whole.
+    """
+    kept = {}
+    for name, value in tensors.items():
+        full = whole(value)
+        if keep:
+            kept[name] = full if full is value else full.cpu()
+    return kept
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -67,7 +81,8 @@ def load_optimizer_tensors(
         expected = () if moment == "step" else tuple(parameters[name].shape) if name in parameters else None
         if name not in parameters or moment not in MOMENTS or tuple(value.shape) != expected:
             raise CheckpointError(where, f"{full_name} {tuple(value.shape)}", "moments of this model's parameters")
-        states.setdefault(name, {})[moment] = value.to(parameters[name].device)
+        like = parameters[name]
+        states.setdefault(name, {})[moment] = value.to(like.device) if moment == "step" else spread_like(value, like)
     for name, state in states.items():
         if len(state) != len(MOMENTS):
             raise CheckpointError(where, f"{', '.join(state)} of {name}", f"all of {', '.join(MOMENTS)}")

@@ -14,17 +14,24 @@ from ssa.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """This process among all of the run.
+
+    Attributes:
+        rank: number of this process, from 0; rank 0 writes the run's files.
+        size: processes of the run.
+        local_rank: number among the processes of this machine, which is the number of its GPU.
+    """
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """Rank and number of processes as ``torchrun`` sets them; one process without it.
+    """This process's place as ``torchrun`` says it; one process without torchrun.
 
     Raises:
-        ConfigError: variables that do not fit together, or more than one process, which is not supported yet.
+        ConfigError: variables that are missing, no integers, or do not fit together.
     """
     names = ("RANK", "WORLD_SIZE")
     given = [name for name in names if name in environ]
@@ -36,28 +43,37 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     if not given:
         return World()
     try:
-        world = World(int(environ["RANK"]), int(environ["WORLD_SIZE"]))
+        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        local_rank = int(environ.get("LOCAL_RANK", rank))
     except ValueError:
         raise ConfigError("environment", {name: environ[name] for name in names}, "two integers") from None
-    if world != World():
-        raise ConfigError("environment", f"rank {world.rank} of {world.size} processes", "one process")
-    return world
+    if not 0 <= rank < size or local_rank < 0:
+        raise ConfigError("environment", f"rank {rank} of {size} processes", "0 <= RANK < WORLD_SIZE", "torchrun")
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if size > 1 and name not in environ]
+    if absent:
+        raise ConfigError("environment", f"{size} processes without {absent[0]}", "it to be set", "torchrun")
+    return World(rank, size, local_rank)
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU without one.
+def resolve_device(name: str, world: World | None = None) -> torch.device:
+    """The device of this process. ``auto`` is the GPU of its local rank, or the CPU on a machine without one.
 
     Raises:
-        ConfigError: a GPU that this machine does not have.
+        ConfigError: a GPU that this machine does not have, or one GPU named for several processes.
     """
+    world = world or World()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda", 0) if count else torch.device("cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
+    device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
+    if device.type != "cuda":
+        return device
+    if device.index is not None and world.size > 1:
+        raise ConfigError("training.device", repr(name), "auto, cpu or cuda: each process takes its own GPU")
+    index = device.index if device.index is not None else world.local_rank
+    if index >= count:
         available = ["cpu", *(f"cuda:{i}" for i in range(count))]
-        raise ConfigError("training.device", repr(name), f"one of this machine's: {', '.join(available)}")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        got = repr(name) if world.size == 1 else f"{name!r} for local rank {world.local_rank}"
+        raise ConfigError("training.device", got, f"one of this machine's: {', '.join(available)}")
+    return torch.device("cuda", index)
 
 
 def check_precision(precision: str, device: torch.device) -> None:

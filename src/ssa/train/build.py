@@ -1,0 +1,81 @@
+"""From a recipe to what a run needs: data, validation rows, configuration and model."""
+
+from __future__ import annotations
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from ssa.data import Batch, Loader, PackedDataset
+from ssa.errors import ConfigError
+from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.train.recipe import Recipe
+
+
+def open_dataset(recipe: Recipe, split: str) -> PackedDataset:
+    """Open a split of the recipe's data.
+
+    Raises:
+        ConfigError: rows of another length, or a larger vocabulary, than the recipe says.
+        DataError: no prepared data there.
+    """
+    dataset = PackedDataset(recipe.data.path, split)
+    if dataset.row_length != recipe.data.row_length:
+        raise ConfigError("data.row_length", recipe.data.row_length, f"{dataset.row_length}, as in {recipe.data.path}")
+    if recipe.model.vocab_size is not None and dataset.vocab_size > recipe.model.vocab_size:
+        expected = f"at least the {dataset.vocab_size} ids of {recipe.data.path}"
+        raise ConfigError("model.vocab_size", recipe.model.vocab_size, expected)
+    return dataset
+
+
+def read_validation_rows(recipe: Recipe) -> list[Batch]:
+    """The first rows of the valid split, as micro-batches; none if the recipe does not validate."""
+    training = recipe.training
+    if not training.validate_every:
+        return []
+    dataset = open_dataset(recipe, "valid")
+    return list(Loader(dataset, training.micro_batch_rows, shuffle=False, epochs=1, limit=training.validate_rows))
+
+
+def check_split(recipe: Recipe, processes: int) -> None:
+    """Raise :class:`ConfigError` if a step's rows cannot be dealt out to ``processes`` in equal micro-batches."""
+    rows, micro = recipe.training.rows_per_step, recipe.training.micro_batch_rows
+    if rows % processes:
+        raise ConfigError("training.rows_per_step", rows, f"a multiple of the {processes} processes")
+    share = rows // processes
+    if share % micro:
+        factors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        expected = f"a divisor of the {share} rows of each of {processes} processes: {factors}"
+        raise ConfigError("training.micro_batch_rows", micro, expected)
+
+
+def configure(recipe: Recipe, dataset: PackedDataset) -> SSAConfig:
+    """The model's configuration, with the special tokens of the data's tokenizer, which generation needs."""
+    config = recipe.model_config(dataset.vocab_size)
+    tokenizer = dataset.tokenizer()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+def build_model(config: SSAConfig, seed: int) -> SSAForCausalLM:
+    """A model with the initial weights of ``seed``, on the CPU so that they are the same for any device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SSAForCausalLM(config)
+
+
+def recompute_activations(model: SSAForCausalLM) -> None:
+    """Keep no activations inside the layers; the backward pass computes them again."""
+    # The first is the name since transformers 5.24; the second goes with v6.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def compile_layers(model: SSAForCausalLM) -> None:
+    """Compile, in place, the layers whose graph is the same for every batch.
+
+    Attention is not among them: its graph follows the documents of a batch, so it would be compiled again and again.
+    """
+    for module in model.modules():
+        if isinstance(module, LlamaMLP | LlamaRMSNorm):
+            module.compile()
