@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ssa.errors import ConfigError
+from ssa.errors import ConfigError, SSAError
 from ssa.train.recipe import Recipe
 
 HELP = "train a recipe, or resume it"
@@ -40,8 +42,18 @@ def run(argv: list[str]) -> int:
         print(summarise(command.settings))
         return 0
     from ssa.train.loop import train
+    from ssa.train.world import read_world
 
-    outcome = train(command.settings, resume=command.resume or None)
+    world = read_world()
+    try:
+        outcome = train(command.settings, resume=command.resume or None)
+    except SSAError as error:
+        if world.size == 1:
+            raise
+        print(f"ssa train: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # the threads of a broken process group may keep an ordinary exit waiting
+    if world.rank > 0:
+        return outcome.exit_code
     if outcome.reason == "finished":
         print(f"{outcome.folder / 'model'}: trained for {outcome.step} steps. Next: ssa eval {outcome.folder}")
     else:

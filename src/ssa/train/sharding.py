@@ -74,6 +74,13 @@ def sync_gradients(model: nn.Module, needed: bool) -> None:
         model.set_requires_gradient_sync(needed)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up whole weights that a forward pass without a backward pass left behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory; a tensor that is not spread is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

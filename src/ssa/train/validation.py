@@ -7,6 +7,7 @@ import torch
 from ssa.data import Batch
 from ssa.model import SSAForCausalLM
 from ssa.train.ranks import Ranks
+from ssa.train.sharding import reshard
 from ssa.train.step import Context
 
 
@@ -37,5 +38,6 @@ def validate(
                 if i < len(batches):
                     total += output.cross_entropy.double() * batch.targets
         results[mode] = float(ranks.sum(total)) / max(targets, 1)
+    reshard(model)
     model.train()
     return results
