@@ -15,13 +15,19 @@ def run(argv: list[str]) -> int:
 
 
 def doctor(
+    recipe: Annotated[
+        str,
+        tyro.conf.Positional,
+        arg(metavar="[RECIPE]", help="YAML file or shipped name: tell its size, and explain its layers"),
+    ] = "",
+    /,
     heads: Annotated[int, arg(help="query heads of the layer to explain")] = 32,
     kv_heads: Annotated[int, arg(help="KV heads")] = 2,
     head_dim: Annotated[int, arg(help="head dimension")] = 64,
     block_size: Annotated[int, arg(help="tokens per block")] = 16,
     num_blocks: Annotated[int, arg(help="blocks per query")] = 16,
 ) -> int:
-    """What this machine has, and which backend serves which operation on it and why."""
+    """What this machine has, which backend serves which operation on it and why, and what a recipe needs."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -31,6 +37,15 @@ def doctor(
     from ssa.ops import explain
     from ssa.ops.dispatch import OPERATIONS
 
+    size = None
+    if recipe:
+        from ssa.train.recipe_file import load_recipe
+        from ssa.train.summary import describe_size
+
+        settings = load_recipe(recipe)
+        size, model = describe_size(settings), settings.model
+        heads, kv_heads, head_dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+        block_size, num_blocks = model.block_size, model.num_blocks
     console = Console()
     facts = machine()
     console.print(f"[bold]ssa {__version__}[/bold]  commit {commit() or 'unknown'}  {sys.executable}")
@@ -59,4 +74,6 @@ def doctor(
             num_blocks=num_blocks,
         )
         console.print(str(found), highlight=False)
+    if size is not None:
+        console.print(f"\n[bold]recipe[/bold] {recipe}\n{size}", highlight=False, soft_wrap=True)
     return 0

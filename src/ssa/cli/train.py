@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -26,7 +25,7 @@ class Command:
     Attributes:
         recipe: YAML file or shipped name.
         resume: go on with the run in --out from its newest checkpoint, or from the checkpoint at this path.
-        dry_run: print the resolved recipe and its size, and stop.
+        dry_run: print the resolved recipe, its size and an estimate of its memory, and stop.
     """
 
     recipe: Annotated[str, tyro.conf.Positional]
@@ -39,6 +38,8 @@ def run(argv: list[str]) -> int:
     """Parse ``argv``, train, and return the exit code: 0, or 143 and 130 after SIGTERM and SIGINT."""
     command = parse(argv)
     if command.dry_run:
+        from ssa.train.summary import summarise
+
         print(summarise(command.settings))
         return 0
     from ssa.train.loop import train
@@ -88,28 +89,3 @@ def _spell_out_resume(argv: list[str]) -> list[str]:
         if argument == "--resume" and following.startswith("--"):
             spelt.append("latest")
     return spelt
-
-
-def summarise(recipe: Recipe) -> str:
-    """The resolved recipe with the size of its model and of its training, as text. Builds no weights."""
-    import torch
-
-    from ssa.model import SSAForCausalLM
-    from ssa.train.build import open_dataset
-    from ssa.train.recipe_file import dump_recipe
-
-    prepared = Path(recipe.data.path).is_dir()
-    vocabulary = open_dataset(recipe, "train").vocab_size if prepared else None
-    parameters = "unknown until the data is prepared (model.vocab_size is not given)"
-    if recipe.model.vocab_size or vocabulary:
-        with torch.device("meta"):
-            parameters = f"{SSAForCausalLM(recipe.model_config(vocabulary)).num_parameters():,}"
-    lines = [
-        dump_recipe(recipe),
-        f"parameters       {parameters}",
-        f"steps            {recipe.steps:,} ({recipe.warmup_steps:,} of them warm-up)",
-        f"tokens per step  {recipe.tokens_per_step:,}",
-        f"tokens           {recipe.steps * recipe.tokens_per_step:,}",
-        f"data             {recipe.data.path}{'' if prepared else ' (not there yet: ssa prepare)'}",
-    ]
-    return "\n".join(lines)

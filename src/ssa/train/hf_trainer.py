@@ -6,7 +6,7 @@ there. Needs ``accelerate``, as every use of ``Trainer`` does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ssa.data import PackedDataset
 from ssa.documents import IGNORE_INDEX
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.streams import Stream, draw_stream
 
 METRICS = ("cross_entropy", "alignment", "sparsity_loss", "commitment_loss", "attention_sparsity")
@@ -54,10 +55,15 @@ class SSATrainer(Trainer):
 
     _sums: Tensor | None = None  # [len(METRICS) + 1], the last is the number of micro-batches
 
+    @property
+    def ssa_config(self) -> SSAConfig:
+        """The model's configuration."""
+        return cast("SSAForCausalLM", self.model).config
+
     def step_stream(self) -> Stream:
         """The main stream of the optimiser step that is being computed."""
-        config = self.model.config
-        return draw_stream(self.args.seed, self.state.global_step + 1, float(config.full_probability or 0.0))
+        probability = float(self.ssa_config.full_probability or 0.0)
+        return draw_stream(self.args.seed, self.state.global_step + 1, probability)
 
     def compute_loss(
         self,
@@ -91,7 +97,7 @@ class SSATrainer(Trainer):
         values = [outputs.cross_entropy]
         if sparsity is not None:
             used = {"both": sparsity + commitment, "sparsity": sparsity, "commitment": commitment}
-            alignment = used[self.model.config.alignment_directions]
+            alignment = used[self.ssa_config.alignment_directions]
             values += [x.mean() for x in (alignment, sparsity, commitment, outputs.attention_sparsity)]
         with torch.no_grad():
             now = torch.stack([*(value.double() for value in values), torch.ones_like(values[0]).double()])

@@ -19,7 +19,7 @@ from ssa._version import __version__
 from ssa.data import Batch, Loader, PackedDataset
 from ssa.environment import commit, machine
 from ssa.errors import NumericError, OutOfMemoryError, SSAError
-from ssa.model import SSAForCausalLM
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train import checkpoint
 from ssa.train.build import (
     build_model,
@@ -30,6 +30,7 @@ from ssa.train.build import (
     read_validation_rows,
     recompute_activations,
 )
+from ssa.train.cost import advise
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
 from ssa.train.interrupt import Interrupt
@@ -129,13 +130,12 @@ def _open_folder(
 
 
 @contextmanager
-def _memory_errors(step: int) -> Iterator[None]:
+def _memory_errors(where: str, recipe: Recipe, config: SSAConfig, processes: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        used = str(error).partition(".")[0]
-        hint = "a smaller training.micro_batch_rows, or training.activation_checkpointing"
-        raise OutOfMemoryError(f"step {step}", used, "memory for a micro-batch", hint) from error
+        used, hint = str(error).partition(".")[0], advise(recipe, config, processes)
+        raise OutOfMemoryError(where, used, "memory for a micro-batch", hint) from error
 
 
 class Trainer:
@@ -207,7 +207,7 @@ class Trainer:
             while self.step < self.recipe.steps:
                 step, position = self.step + 1, self.loader.position
                 stream = draw_stream(self.recipe.seed, step, float(self.model.config.full_probability or 0.0))
-                with _memory_errors(step):
+                with _memory_errors(f"step {step}", self.recipe, self.model.config, self.ranks.world.size):
                     batches = list(islice(self.loader, self._micro_batches()))
                     size, signal = self._agree(step, stream, position, batches, interrupt)
                     if signal:
