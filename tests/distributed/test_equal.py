@@ -77,7 +77,7 @@ def test_a_run_goes_on_at_another_number_of_processes(before: int, after: int, d
     assert steps == pytest.approx(numbers(whole)[10:], rel=1e-6)
     state = json.loads((again / "checkpoints" / "step-00000020" / "state.json").read_text())
     assert state == json.loads((whole / "checkpoints" / "step-00000020" / "state.json").read_text()) | {
-        key: state[key] for key in ("seconds", "recipe")
+        key: state[key] for key in ("seconds", "recipe", "losses")
     }
 
 

@@ -24,7 +24,7 @@ from ssa.train.streams import draw_stream
 STEP_KEYS = {
     *("event", "step", "tokens", "stream", "learning_rate", "loss", "cross_entropy", "alignment", "sparsity_loss"),
     *("commitment_loss", "alignment_per_layer", "attention_sparsity", "attention_sparsity_per_layer", "gradient_norm"),
-    *("skipped", "tokens_per_second", "seconds"),
+    *("dropped_mass", "skipped", "tokens_per_second", "mfu", "attention_share", "peak_memory_gib", "seconds"),
 }
 
 
@@ -61,6 +61,8 @@ def test_metrics_follow_the_schema(finished: Path) -> None:
         assert record["loss"] == pytest.approx(record["cross_entropy"] + alpha * record["alignment"], rel=1e-5)
         assert len(record["alignment_per_layer"]) == len(record["attention_sparsity_per_layer"]) == 2
         assert 0 < record["attention_sparsity"] <= 1
+        assert record["dropped_mass"] == pytest.approx(1 - record["attention_sparsity"])
+        assert record["mfu"] is record["attention_share"] is record["peak_memory_gib"] is None  # on a CPU
     validations = [(r["step"], r["mode"]) for r in records if r["event"] == "validation"]
     assert validations == [(step, mode) for step in (5, 10, 12) for mode in ("full", "sparse")]
 

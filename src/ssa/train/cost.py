@@ -50,8 +50,24 @@ def matrix_parameters(config: SSAConfig) -> int:
 
 def attended_pairs(layout: DocumentLayout, config: SSAConfig, stream: Stream) -> int:
     """Query-key pairs of one head and layer in one stream: causal, and at most the budget where it is sparse."""
-    budget = config.block_size * config.num_blocks
-    limits = layout.lengths if stream == "full" else (min(n, budget) for n in layout.lengths)
+    return _pairs(layout, None if stream == "full" else config.block_size * config.num_blocks)
+
+
+def step_pairs(layout: DocumentLayout, config: SSAConfig, stream: Stream) -> int:
+    """Query-key pairs of one head and layer that a training step computes: of the drawn stream and, where the method
+    aligns, of its counterpart; for NSA of the selection, window and compression branches."""
+    if config.alignment_weight:
+        return attended_pairs(layout, config, "full") + attended_pairs(layout, config, "sparse")
+    pairs = attended_pairs(layout, config, stream)
+    if config.method == "nsa":
+        pairs += _pairs(layout, config.window_size)
+        pairs += attended_pairs(layout, config, "full") // config.block_size
+    return pairs
+
+
+def _pairs(layout: DocumentLayout, budget: int | None) -> int:
+    """Pairs of a causal attention in which a query reads at most ``budget`` keys."""
+    limits = (n if budget is None else min(n, budget) for n in layout.lengths)
     return sum(limit * (limit + 1) // 2 + (n - limit) * limit for n, limit in zip(layout.lengths, limits, strict=True))
 
 
@@ -60,10 +76,11 @@ def step_flops(config: SSAConfig, tokens: int, pairs: int) -> float:
 
     A product costs 2 operations a weight in the forward pass and 4 in the backward pass; a query-key pair costs 4 a
     channel forward (scores and values) and 8 backward. Block selection, norms and recomputation count for nothing.
+    Divided by time, GPUs and :func:`peak_flops` this is the step's model FLOP/s utilisation (MFU).
 
     Args:
         tokens: tokens of the step.
-        pairs: pairs over all streams that the step computes, for one head of one layer.
+        pairs: of the step, see :func:`step_pairs`.
     """
     attention = 12.0 * config.num_hidden_layers * _Widths.of(config).queries * pairs
     return 6.0 * matrix_parameters(config) * tokens + attention

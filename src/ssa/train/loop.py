@@ -10,7 +10,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from ssa.train.build import (
     read_validation_rows,
     recompute_activations,
 )
-from ssa.train.cost import advise
+from ssa.train.cost import advise, step_flops, step_pairs
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
 from ssa.train.interrupt import Interrupt
@@ -47,11 +46,13 @@ from ssa.train.recipe import Recipe
 from ssa.train.recipe_file import dump_recipe
 from ssa.train.run_folder import RunFolder, clear_way, export_model, open_run
 from ssa.train.sharding import resolve_shard, shard_model
+from ssa.train.spikes import LossWindow
 from ssa.train.state import STATE, TrainingState, check_resumable, read_state
-from ssa.train.step import StepSize, StepSums, accumulate_gradients, sum_over_ranks
+from ssa.train.step import StepSize, StepSums, accumulate_gradients, alignment_fields, sum_over_ranks
 from ssa.train.streams import Stream, draw_stream
 from ssa.train.telemetry import Telemetry, say, truncate_metrics
 from ssa.train.tensors import gather, load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from ssa.train.timing import Meter
 from ssa.train.validation import validate
 from ssa.train.world import autocast, check_precision, read_world, resolve_device
 
@@ -176,6 +177,8 @@ class Trainer:
             load_optimizer_tensors(model, self.optimizer, moments, f"{folder.start / OPTIMIZER}")
         self.step, self.tokens = (state.step, state.tokens) if state else (0, 0)
         self.guard = StepGuard(device, *((state.skipped, state.skipped_in_row) if state else (0, 0)))
+        self.losses = LossWindow(training.spike_factor, state.losses if state else ())
+        self.meter = Meter(model, device, size)
         self.loader = Loader(dataset, training.micro_batch_rows, recipe.seed, rank=ranks.world.rank, world_size=size)
         if state:
             self.loader.load_state(state.data)
@@ -186,8 +189,8 @@ class Trainer:
     # ------------------------------------------------------------------ the run
     def run(self) -> Outcome:
         """Train to the last step, or to the first signal."""
-        self._begin = self._mark = time.monotonic()
-        self._tokens_at_mark = self.tokens
+        self._begin = time.monotonic()
+        self.meter.restart()
         self.telemetry = self._open_telemetry()
         try:
             reason = self._train()
@@ -235,19 +238,25 @@ class Trainer:
             "recipe": self._recipe_text,
         }
         own = StepSize.of(batches)
-        signals, targets, rows = zip(
-            *self.ranks.agree(f"step {step}", equal, [interrupt.received or 0, own.targets, own.rows]), strict=True
-        )
+        pairs = sum(step_pairs(batch.layout, self.model.config, stream) for batch in batches)
+        numbers = [interrupt.received or 0, own.targets, own.rows, pairs]
+        signals, targets, rows, all_pairs = zip(*self.ranks.agree(f"step {step}", equal, numbers), strict=True)
+        tokens = self.recipe.tokens_per_step
+        self.meter.add(tokens, step_flops(self.model.config, tokens, sum(all_pairs)))
         return StepSize(sum(targets), sum(rows)), max(signals)
 
     def _do_step(self, step: int, stream: Stream, batches: list[Batch], size: StepSize) -> None:
         training, last = self.recipe.training, step == self.recipe.steps
+        is_logged = step % training.log_every == 0 or step == 1 or last
+        if is_logged:
+            self.meter.sample()
         sums = accumulate_gradients(self.model, batches, stream, self.device, self.context, size)
         sums, norm = sum_over_ranks(sums, gradient_norm(self.optimizer), self.copies, self.ranks)
         apply_gradients(self.optimizer, self.guard, self.recipe, step, sums.loss, norm)
         self.step, self.tokens = step, self.tokens + self.recipe.tokens_per_step
+        self.losses.add(step, sums.loss)
         self.telemetry.advance(step)
-        if step % training.log_every == 0 or step == 1 or last:
+        if is_logged:
             self._settle()
             self._log(stream, sums, norm)
         if training.validate_every and (step % training.validate_every == 0 or last):
@@ -257,7 +266,9 @@ class Trainer:
             self._save()
 
     def _settle(self) -> None:
-        """Hear from the guard, which steps since the last time were left out; stop if there were too many."""
+        """Hear which steps since the last time were left out, or had a spike; stop if too many were left out."""
+        for spike in self.losses.read():
+            self.telemetry.record("spike", **spike._asdict())
         skips = self.guard.read()
         for step in skips.steps:
             self.telemetry.record("skip", step=step)
@@ -299,10 +310,7 @@ class Trainer:
         return telemetry
 
     def _log(self, stream: str, sums: StepSums, norm: Tensor) -> None:
-        loss = float(sums.loss)  # waits for the device, so that the clock below counts finished work
-        now = time.monotonic()
-        speed = (self.tokens - self._tokens_at_mark) / max(now - self._mark, 1e-9)
-        self._mark, self._tokens_at_mark = now, self.tokens
+        loss = float(sums.loss)  # waits for the device, so that the meter counts finished work
         self.telemetry.record(
             "step",
             step=self.step,
@@ -311,34 +319,17 @@ class Trainer:
             learning_rate=learning_rate(self.recipe, self.step),
             loss=loss,
             cross_entropy=float(sums.cross_entropy),
-            **self._alignment(sums),
+            **alignment_fields(sums, self.recipe.model.alignment_directions),
             gradient_norm=float(norm),
             skipped=self.guard.total,
-            tokens_per_second=speed,
+            **self.meter.read(),
             seconds=self._seconds(),
         )
-
-    def _alignment(self, sums: StepSums) -> dict[str, Any]:
-        """The alignment fields of a step record; null where the method does not align."""
-        used = {"sparsity": (1, 0), "commitment": (0, 1), "both": (1, 1)}[self.recipe.model.alignment_directions]
-        layers: dict[str, Tensor | None] = {
-            "alignment": None,
-            "sparsity_loss": sums.sparsity_loss,
-            "commitment_loss": sums.commitment_loss,
-            "attention_sparsity": sums.attention_sparsity,
-        }
-        if sums.sparsity_loss is not None and sums.commitment_loss is not None:
-            layers["alignment"] = used[0] * sums.sparsity_loss + used[1] * sums.commitment_loss
-        record: dict[str, Any] = {name: None if x is None else float(x.mean()) for name, x in layers.items()}
-        for name in ("alignment", "attention_sparsity"):
-            values = layers[name]
-            record[f"{name}_per_layer"] = None if values is None else values.tolist()
-        return record
 
     def _validate(self) -> None:
         for mode, value in self._validation().items():
             self.telemetry.record("validation", step=self.step, mode=mode, cross_entropy=value)
-        self._restart_clock()
+        self.meter.restart()  # saving and validation are no training
 
     def _validation(self) -> dict[str, float]:
         return validate(self.model, self.validation, self.device, self.context, self.ranks)
@@ -352,6 +343,7 @@ class Trainer:
             seconds=self._seconds(),
             skipped=self.guard.total,
             skipped_in_row=self.guard.in_row,
+            losses=list(self.losses.losses),
             data=self.loader.state(),
             data_fingerprint=self.dataset.fingerprint,
             recipe=self.recipe.to_dict(),
@@ -367,7 +359,7 @@ class Trainer:
 
         self.ranks.lead(write)
         self._saved_step = self.step
-        self._restart_clock()
+        self.meter.restart()  # saving and validation are no training
 
     def _export(self) -> None:
         tensors = gather(model_tensors(self.model), self.ranks.leads)
@@ -375,7 +367,3 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._begin
-
-    def _restart_clock(self) -> None:
-        """Leave validation and saving out of the tokens per second."""
-        self._mark, self._tokens_at_mark = time.monotonic(), self.tokens

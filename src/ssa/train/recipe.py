@@ -142,6 +142,7 @@ class TrainingSection:
         device: auto, cpu, cuda or cuda:N (one process only).
         shard: processes that share one copy of weights, gradients and moments; divides their number. None: all of
             them (FSDP2); 1: each has its own copy (data parallel); between: HSDP. Changes memory, not the result.
+        spike_factor: tell of a loss above this many times the median of the last 64 steps; None: never.
         timeout_seconds: a process that keeps the others waiting longer ends the run.
         log_every: steps between metrics.
         validate_every: steps between validations; 0: never.
@@ -160,6 +161,7 @@ class TrainingSection:
     compile: bool = False
     device: str = "auto"
     shard: int | None = None
+    spike_factor: float | None = 2.0
     timeout_seconds: float = 50.0
     log_every: int = 10
     validate_every: int = 500
@@ -290,6 +292,8 @@ def _check_training(training: TrainingSection) -> None:
     seconds = training.timeout_seconds
     _require(1 <= seconds < 86400, "training.timeout_seconds", seconds, "between 1 and 86400 seconds")
     _require(training.validate_every >= 0, "training.validate_every", training.validate_every, "at least 0 (0: never)")
+    factor = training.spike_factor
+    _require(factor is None or 1 < factor < math.inf, "training.spike_factor", factor, "a finite number above 1")
     given = [f"{key} {value}" for key in ("steps", "tokens") if (value := getattr(training, key)) is not None]
     hint = "setting the other to null (as a flag: --training.steps None)" if given else None
     _require(len(given) == 1, "training", " and ".join(given) or "neither", "one of steps and tokens", hint)

@@ -22,7 +22,7 @@ MAY_DIFFER = frozenset(
             for key in (
                 *("steps", "tokens", "micro_batch_rows", "activation_checkpointing", "compile", "device", "log_every"),
                 *("validate_every", "validate_rows", "checkpoint_every", "keep_checkpoints", "tensorboard"),
-                *("shard", "timeout_seconds"),
+                *("shard", "spike_factor", "timeout_seconds"),
             )
         ),
     }
@@ -38,6 +38,7 @@ class TrainingState:
         tokens: tokens read, padding included.
         seconds: time spent training, over all resumptions.
         skipped: steps left out because of non-finite numbers; skipped_in_row: of these, the last ones without a gap.
+        losses: of the last steps, oldest first (see :mod:`ssa.train.spikes`).
         data: the loader's state.
         data_fingerprint: identity of the training rows.
         recipe: the resolved recipe as plain values.
@@ -48,6 +49,7 @@ class TrainingState:
     seconds: float
     skipped: int
     skipped_in_row: int
+    losses: list[float]
     data: dict[str, Any]
     data_fingerprint: str
     recipe: dict[str, Any]

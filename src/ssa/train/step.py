@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssa.data import Batch
+from ssa.ops.dual.alignment import Directions
 from ssa.train.ranks import Ranks
 from ssa.train.sharding import sync_gradients
 from ssa.train.streams import Stream
@@ -109,3 +111,23 @@ def sum_over_ranks(sums: StepSums, norm: Tensor, copies: int, ranks: Ranks) -> t
     square, *totals = ranks.sum(packed).split([1, *(value.numel() for value in given.values())])
     shaped = (total.view_as(value).to(value.dtype) for total, value in zip(totals, given.values(), strict=True))
     return StepSums(**dict(zip(given, shaped, strict=True))), square[0].sqrt().to(norm.dtype)
+
+
+def alignment_fields(sums: StepSums, directions: Directions) -> dict[str, Any]:
+    """The alignment fields of a step record; null where the method does not align. Waits for the device.
+
+    ``alignment`` is unweighted and holds the directions that are trained.
+    """
+    sparsity, commitment = sums.sparsity_loss, sums.commitment_loss
+    layers = {"sparsity_loss": sparsity, "commitment_loss": commitment, "attention_sparsity": sums.attention_sparsity}
+    layers["alignment"] = None
+    if sparsity is not None and commitment is not None:
+        parts = {"both": sparsity + commitment, "sparsity": sparsity, "commitment": commitment}
+        layers["alignment"] = parts[directions]
+    record: dict[str, Any] = {name: None if x is None else float(x.mean()) for name, x in layers.items()}
+    mass = record["attention_sparsity"]
+    record["dropped_mass"] = None if mass is None else 1.0 - mass
+    for name in ("alignment", "attention_sparsity"):
+        values = layers[name]
+        record[f"{name}_per_layer"] = None if values is None else values.tolist()
+    return record

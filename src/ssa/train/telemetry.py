@@ -208,6 +208,8 @@ def describe(record: Mapping[str, Any], steps: int) -> str:
         return f"step {step}/{steps}  validation, {record['mode']}: perplexity {perplexity:.2f}"
     if event == "skip":
         return f"step {step}/{steps}  LEFT OUT: loss or gradient is not finite"
+    if event == "spike":
+        return f"step {step}/{steps}  SPIKE: loss {record['loss']:.4f}, median before {record['median']:.4f}"
     if event == "resume":
         return f"resuming after step {step}"
     if event == "end":
