@@ -13,9 +13,10 @@ from tiny_runs import checkpoints, metrics, poison, results, same_bits, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssa.cli.train import run
-from ssa.errors import ConfigError, NumericError, OutOfMemoryError
+from ssa.errors import CheckpointError, ConfigError, NumericError, OutOfMemoryError
 from ssa.model import SSAForCausalLM
 from ssa.train import loop
+from ssa.train.build import build_model
 from ssa.train.loop import train
 from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, gradient_norm
 from ssa.train.recipe_file import load_recipe
@@ -179,6 +180,31 @@ def test_exhausted_memory_gives_advice(data: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(OutOfMemoryError, match=r"step 1: .*micro_batch_rows") as caught:
         train(tiny(data), tmp_path / "run")
     assert caught.value.exit_code == 6
+
+
+# ---------------------------------------------------------------------- weights of an earlier run
+def test_a_run_can_start_from_the_weights_of_another(finished: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"model__weights": str(finished), "model__rope_factor": 2, "model__rope_original_length": 64}
+    recipe = tiny(data, **changes, training__steps=1, training__validate_every=0, optimizer__warmup_steps=0)
+    model = build_model(recipe.model_config(259), 99, recipe.model.weights)
+    before = SSAForCausalLM.from_pretrained(finished / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert model.config.rope_parameters["factor"] == 2
+    train(recipe, tmp_path / "run")
+    first = results(tmp_path / "run")[0]["cross_entropy"]
+    assert first < results(finished)[0]["cross_entropy"] - 1
+    # A resumed run needs them no more.
+    longer = tiny(data, **(changes | {"model__weights": "gone"}), training__steps=1, optimizer__warmup_steps=0)
+    assert train(longer, tmp_path / "run", "latest").step == 1
+
+
+def test_weights_of_another_shape_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    for changes, error in (
+        ({"model__hidden_size": 16, "model__weights": str(finished)}, CheckpointError),
+        ({"model__weights": str(tmp_path / "nowhere")}, ConfigError),
+    ):
+        with pytest.raises(error):
+            train(tiny(data, **changes), tmp_path / "run")
 
 
 # ---------------------------------------------------------------------- data that does not fit the recipe

@@ -10,9 +10,11 @@ import pytest
 
 from ssa.cli.train import parse
 from ssa.errors import ConfigError
+from ssa.train.recipe import flatten
 from ssa.train.recipe_file import dump_recipe, load_recipe, shipped_recipes
 
-SCALES, METHODS = ("quickstart", "64m", "300m", "1b"), ("full", "moba", "nsa", "ssa")
+SCALES, METHODS = ("quickstart", "64m", "300m", "1b", "1b-32k"), ("full", "moba", "nsa", "ssa")
+ABLATIONS = [name for name in shipped_recipes() if name.startswith("ablations/")]
 
 # Sizes that the messages below name; the shipped values may be tuned.
 SIZES = {
@@ -32,7 +34,8 @@ def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
 
 # ---------------------------------------------------------------------- shipped recipes
 def test_every_scale_has_every_method() -> None:
-    assert shipped_recipes() == sorted(f"{scale}/{method}" for scale in SCALES for method in METHODS)
+    rest = sorted(set(shipped_recipes()) - set(ABLATIONS))
+    assert rest == sorted(f"{scale}/{method}" for scale in SCALES for method in METHODS)
 
 
 @pytest.mark.parametrize("name", [f"{scale}/{method}" for scale in SCALES for method in METHODS])
@@ -41,6 +44,81 @@ def test_shipped_recipe_parses_and_survives_a_dump(name: str, tmp_path: Path) ->
     assert recipe.model.method == name.split("/")[1]
     assert recipe.name == name.replace("/", "-")
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str, tmp_path: Path) -> None:
+    recipe, base = load_recipe(name), load_recipe("64m/ssa")
+    assert recipe.name == name.replace("/", "-")
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    changed = {key: value for key, value in flatten(recipe.to_dict()).items() if value != flatten(base.to_dict())[key]}
+    assert set(changed) - {"name"} == {f"model.{key}" for key in ABLATED[name.split("/")[1]]}
+    recipe.model_config().sparse_spec()
+
+
+ABLATED: dict[str, tuple[str, ...]] = {
+    **{f"alpha-{weight}": ("alignment_weight",) for weight in (1, 5, 20, 40, 160)},
+    **{f"p-{p}": ("full_probability",) for p in ("0", "025", "075", "1")},
+    "no-alignment": ("alignment_weight",),
+    "sparsity-only": ("alignment_directions",),
+    "commitment-only": ("alignment_directions",),
+    "raw": ("align_on",),
+    "l2": ("alignment_distance", "alignment_weight"),
+    "blocks-8x16": ("num_blocks",),
+    "blocks-16x32": ("block_size",),
+    "blocks-16x64": ("block_size",),
+    "blocks-8x32": ("block_size", "num_blocks"),
+    "official-top-k": ("selection_rule",),
+}
+
+
+def test_every_ablation_of_the_paper_is_there() -> None:
+    """Paper, section 2 of the ablations: weights, probabilities, directions, distance, block counts and sizes."""
+    assert {name.split("/")[1] for name in ABLATIONS} == set(ABLATED)
+    values = {name: load_recipe(name).model for name in ABLATIONS}
+    assert sorted(values[f"ablations/p-{p}"].full_probability for p in ("0", "025", "075", "1")) == [0, 0.25, 0.75, 1]
+    for count, size in ((8, 16), (16, 32), (16, 64), (8, 32)):
+        model = values[f"ablations/blocks-{count}x{size}"]
+        assert (model.num_blocks, model.block_size) == (count, size)
+
+
+# hidden, intermediate, layers, query heads, KV heads, head dim, vocabulary (the paper's table of models)
+PAPER = {"1b": (2048, 8192, 16, 32, 2, 64, 128256), "300m": (1024, 4096, 16, 16, 1, 64, 128256)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("scale", "tokens"), [("1b", 100e9), ("300m", 50e9)])
+def test_the_paper_s_shapes_and_training(scale: str, tokens: float, method: str) -> None:
+    recipe = load_recipe(f"{scale}/{method}")
+    model, optimizer = recipe.model, recipe.optimizer
+    shape = (model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.num_attention_heads)
+    assert (*shape, model.num_key_value_heads, model.head_dim, model.vocab_size) == PAPER[scale]
+    assert (model.rope_theta, model.rms_norm_eps, model.initializer_range) == (500000.0, 1e-5, 0.02)
+    assert (model.block_size, model.num_blocks, model.window_size) == (16, 16, 128)
+    assert (model.gated, model.tie_word_embeddings) == (True, True)
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (1e-3, (0.9, 0.95), 0.1)
+    assert (optimizer.gradient_clip, optimizer.warmup_fraction) == (1.0, 0.01)
+    assert (optimizer.schedule, optimizer.final_fraction) == ("cosine", 0.0)
+    assert (recipe.data.row_length, recipe.training.tokens, recipe.tokens_per_step) == (8192, tokens, 3_145_728)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_continued_training_stretches_rope_and_starts_from_the_8k_model(method: str) -> None:
+    recipe, before = load_recipe(f"1b-32k/{method}"), load_recipe(f"1b/{method}")
+    assert (recipe.data.row_length, recipe.training.tokens, recipe.optimizer.learning_rate) == (32768, 10e9, 1e-5)
+    assert recipe.tokens_per_step == before.tokens_per_step
+    assert recipe.model.weights == f"runs/{before.name}"
+    config = recipe.model_config()
+    assert config.max_position_embeddings == 32768
+    assert config.rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert before.model_config().rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}
 
 
 def test_the_paper_s_1b_recipe() -> None:
@@ -55,7 +133,7 @@ def test_recipes_of_one_scale_differ_in_the_method_only() -> None:
     for scale in SCALES:
         recipes = [load_recipe(f"{scale}/{method}").to_dict() for method in METHODS]
         for recipe in recipes:
-            for key in ("method", "full_probability", "alignment_weight"):
+            for key in ("method", "full_probability", "alignment_weight", "weights"):
                 del recipe["model"][key]
             del recipe["name"]
         assert all(recipe == recipes[0] for recipe in recipes)
@@ -94,6 +172,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"model.hidden_size": -1}, "model.hidden_size", "at least 1"),
     ({"model.head_dim": 31}, "model.head_dim", "even"),
     ({"model.gated": "yes"}, "model.gated", "true or false"),
+    ({"model.rope_factor": 0.5, "model.rope_original_length": 512}, "model.rope_factor", "at least 1"),
+    ({"model.rope_factor": 4}, "model.rope_original_length", "a length if rope_factor is given"),
+    ({"model.rope_original_length": 512}, "model.rope_original_length", "else null"),
+    ({"model.weights": ""}, "model.weights", "a path"),
+    ({"training.shard": 0}, "training.shard", "at least 1"),
+    ({"training.timeout_seconds": 0}, "training.timeout_seconds", "between 1 and 86400"),
+    ({"training.spike_factor": 1}, "training.spike_factor", "above 1"),
     ({"training.micro_batch_rows": 3}, "training.micro_batch_rows", "1, 2, 4, 8"),
     ({"training.tokens": 1e6}, "training", "steps 300 and tokens 1000000"),
     ({"training.steps": None}, "training", "one of steps and tokens"),

@@ -8,7 +8,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from ssa.data import Batch, Loader, PackedDataset
 from ssa.errors import ConfigError
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.model.loading import load_model
 from ssa.train.recipe import Recipe
+from ssa.train.tensors import load_model_tensors, model_tensors
 
 
 def open_dataset(recipe: Recipe, split: str) -> PackedDataset:
@@ -57,11 +59,22 @@ def configure(recipe: Recipe, dataset: PackedDataset) -> SSAConfig:
     return config
 
 
-def build_model(config: SSAConfig, seed: int) -> SSAForCausalLM:
-    """A model with the initial weights of ``seed``, on the CPU so that they are the same for any device."""
+def build_model(config: SSAConfig, seed: int, weights: str | None = None) -> SSAForCausalLM:
+    """A model on the CPU, so that its weights are the same for any device.
+
+    Args:
+        seed: of the random initial weights.
+        weights: model or run folder to take the weights from instead.
+
+    Raises:
+        ConfigError, CheckpointError: the folder holds no model, or one of another shape.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SSAForCausalLM(config)
+        model = SSAForCausalLM(config)
+    if weights is not None:
+        load_model_tensors(model, model_tensors(load_model(weights, dtype=torch.float32)), weights)
+    return model
 
 
 def recompute_activations(model: SSAForCausalLM) -> None:

@@ -105,7 +105,7 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: str | Path | No
     with open_ranks(world, device, recipe.training.timeout_seconds) as ranks, ExitStack() as stack:
         with ranks.watch(lambda: "start"):
             folder = _open_folder(ranks, path, resume, recipe, dataset, stack)
-            model = build_model(config, recipe.seed)
+            model = build_model(config, recipe.seed, recipe.model.weights if folder.start is None else None)
             trainer = Trainer(recipe, model, dataset, validation, folder, device, ranks)
             ranks.lead(lambda: None)  # weights may take a while to make or read; wait for the last rank
         with ranks.watch(lambda: f"step {trainer.step + 1}"):

@@ -21,6 +21,9 @@ from ssa.ops.spec import SelectionRule
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 
+#: Which wavelengths Llama 3's RoPE scaling stretches, as shares of the original length.
+LLAMA3_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 # A name becomes a folder and a label in reports.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -55,6 +58,9 @@ class ModelSection:
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial weights.
         rope_theta: base of the rotary embedding.
+        rope_factor: stretch positions by this factor with Llama 3's scaling, to train on longer documents; None: none.
+        rope_original_length: with rope_factor, the longest document that the model was trained on before.
+        weights: model folder, or run folder, whose weights training starts from; None: random ones.
         tie_word_embeddings: share input and output embeddings.
         gated: multiply each head's output by a learnt sigmoid gate.
         block_size: tokens per block, a power of two.
@@ -83,6 +89,9 @@ class ModelSection:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     rope_theta: float = 500000.0
+    rope_factor: float | None = None
+    rope_original_length: int | None = None
+    weights: str | None = None
     tie_word_embeddings: bool = True
     gated: bool = True
     block_size: int = 16
@@ -225,6 +234,13 @@ class Recipe:
         values: dict[str, Any] = dataclasses.asdict(self.model)
         values["vocab_size"] = self.model.vocab_size or vocab_size or 1
         values["max_position_embeddings"] = self.model.max_position_embeddings or self.data.row_length
+        del values["weights"]
+        theta, factor = values.pop("rope_theta"), values.pop("rope_factor")
+        original = values.pop("rope_original_length")
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+        if factor is not None:
+            scaling = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original}
+            values["rope_parameters"] |= scaling | LLAMA3_FREQUENCIES
         values["inference_mode"] = self.model.inference_mode or ("full" if self.model.method == "full" else "sparse")
         try:
             return SSAConfig(**values)
@@ -270,12 +286,24 @@ def _check_name_and_seed(recipe: Recipe) -> None:
 
 def _check_model(model: ModelSection) -> None:
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    lengths = ("num_key_value_heads", "head_dim", "max_position_embeddings", "window_size")
+    lengths = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_original_length", "window_size")
     _require_positive("model", model, (*shape, *lengths))
     _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "an even number (rotary pairs)")
     for key in ("rms_norm_eps", "initializer_range", "rope_theta"):
         value = getattr(model, key)
         _require(0 < value < math.inf, f"model.{key}", value, "a finite number above 0")
+    factor, original = model.rope_factor, model.rope_original_length
+    _require(factor is None or 1 <= factor < math.inf, "model.rope_factor", factor, "a finite number of at least 1")
+    given = (factor is not None, original is not None)
+    _require(
+        given[0] == given[1], "model.rope_original_length", original, "a length if rope_factor is given, else null"
+    )
+    _require(
+        model.weights is None or (bool(model.weights) and "\0" not in model.weights),
+        "model.weights",
+        repr(model.weights),
+        "a path",
+    )
     p, weight = model.full_probability, model.alignment_weight
     _require(p is None or 0 <= p <= 1, "model.full_probability", p, "a number in [0, 1]")
     _require(weight is None or 0 <= weight < math.inf, "model.alignment_weight", weight, "a finite number, at least 0")

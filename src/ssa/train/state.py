@@ -16,7 +16,7 @@ STATE = "state.json"
 #: Keys that a resumed run may change: they move the end, the logs, the machine or the folder, not what is learnt.
 MAY_DIFFER = frozenset(
     {
-        *("name", "output", "data.path", "model.inference_mode"),
+        *("name", "output", "data.path", "model.inference_mode", "model.weights"),
         *(
             f"training.{key}"
             for key in (
