@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ssa.data import PackedDataset, load_tokenizer, prepare, tokenizer_fingerprint, train_tokenizer
 from ssa.data.files import Limits
+from ssa.data.lock import LOCK, folder_lock
 from ssa.data.writing import SplitWriter
 from ssa.errors import ConfigError, DataError, DataSourceError, DiskError
 
@@ -244,7 +245,7 @@ def test_old_data_survive_a_failed_replacement(corpus, tmp_path, monkeypatch):
         with pytest.raises(DiskError, match=r"No space left.*try freeing space"):
             prepare([str(corpus)], out, vocab_size=280, valid_fraction=0.2, overwrite=True)
     PackedDataset(out).verify()
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "tokenizer", "train", "valid"]
+    assert {path.name for path in out.iterdir()} - {LOCK} == {"manifest.json", "tokenizer", "train", "valid"}
 
 
 @pytest.mark.parametrize("survived", range(4))
@@ -294,3 +295,12 @@ def test_a_broken_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tok" / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match="expected a Hugging Face tokenizer"):
         load_tokenizer(str(tmp_path / "tok"))
+
+
+def test_two_processes_cannot_prepare_one_folder(corpus, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with folder_lock(out), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        prepare([str(corpus)], out, row_length=16, vocab_size=280)
+    prepare([str(corpus)], out, row_length=16, vocab_size=280)  # the lock is gone with its holder
+    assert len(PackedDataset(out, "train"))

@@ -195,7 +195,8 @@ def test_generate_is_greedy_continuation_in_both_modes():
 
 def test_logits_to_keep():
     model, ids = tiny_model(), tokens(1, 12)
-    assert torch.equal(logits(model, ids, logits_to_keep=3), logits(model, ids)[:, -3:])
+    kept = logits(model, ids, logits_to_keep=3)  # a product of another shape may add in another order
+    torch.testing.assert_close(kept, logits(model, ids)[:, -3:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

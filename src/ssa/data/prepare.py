@@ -21,6 +21,7 @@ from ssa._version import __version__
 from ssa.data.corpus import STDLIB, Document, Problems, iter_documents, split_of
 from ssa.data.files import Limits
 from ssa.data.loader import SCHEMA
+from ssa.data.lock import LOCK, folder_lock
 from ssa.data.packing import Packer
 from ssa.data.provenance import check_held_out, check_unchanged, describe, stamps
 from ssa.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
@@ -147,25 +148,30 @@ def _check_out(out: Path, overwrite: bool) -> None:
     present = sorted(part.name for part in out.iterdir()) if out.exists() else []
     if MANIFEST in present and not overwrite:
         raise ConfigError(str(out), "finished data", "an empty or new folder", "--overwrite or another --out")
-    if strangers := set(present) - {*SPLITS, TOKENIZER, MANIFEST, SCRATCH}:
+    if strangers := set(present) - {*SPLITS, TOKENIZER, MANIFEST, SCRATCH, LOCK}:
         got = f"a folder that holds {min(strangers)!r}"
         raise ConfigError(str(out), got, "an empty or new folder", "another --out")
 
 
 @contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
-    """A folder inside ``out`` to build in, on the same disk; gone afterwards, as is ``out`` if nothing came of it."""
+    """A folder inside ``out`` to build in, on the same disk; gone afterwards, as is ``out`` if nothing came of it.
+
+    Raises:
+        ConfigError: another process prepares data there.
+    """
     is_new = not out.exists()
     scratch = out / SCRATCH
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
+    with folder_lock(out):
         shutil.rmtree(scratch, ignore_errors=True)
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if is_new and {part.name for part in out.iterdir()} == {LOCK}:
+                shutil.rmtree(out)
 
 
 def _write_splits(

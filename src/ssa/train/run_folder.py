@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ssa.data.lock import LOCK, folder_lock
 from ssa.errors import CheckpointError, ConfigError
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.checkpoint import (
@@ -25,7 +24,6 @@ from ssa.train.checkpoint import (
 from ssa.train.disk import disk_errors
 
 LATEST = "latest"  # value of --resume without a path
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -126,21 +124,11 @@ def clear_way(folder: RunFolder) -> list[str]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the folder's lock. The kernel releases it with the process, so a killed run leaves no stale lock."""
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-            raise ConfigError(str(path), f"a folder in use by process {owner}", "one run per folder") from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+    with ExitStack() as stack:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(path))
         yield
-    finally:
-        os.close(descriptor)
 
 
 def export_model(config: SSAConfig, tensors: Mapping[str, Tensor], data: Path, folder: RunFolder) -> None:

@@ -148,7 +148,7 @@ def _select_blocks(
             q_.stride(0), q_.stride(1), N, K, width, c, first_blocks, local_blocks, G,
             D, DP, S, config.tokens, config.blocks, chunk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        chunks = max(4, next_power_of_two(ceil_div(seen, chunk) + 1))  # a candidate range may start inside a chunk
+        chunks = max(4, next_power_of_two(ceil_div(seen, chunk)))
         shape = (S, chunks, chunk, KP, next_power_of_two(num_blocks))
         warps = min(8, max(1, max(chunks, KP * chunk) // 1024))
         if official:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(float("-inf"))
+LARGE = tl.constexpr(2.0**100)  # a sum below it has not overflowed
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -68,6 +69,19 @@ def _tile(tile, tile_start_ptr, starts_ptr, first_block_ptr):
     return row, rows, position, tl.load(first_block_ptr + row)
 
 
+@triton.jit
+def _masked_logits(q_td, keys, n0, most, complete, stride, c, D: tl.constexpr, DP: tl.constexpr):
+    """``c q . kbar`` of 16 blocks from ``n0``; -inf where a block is not complete at a token."""
+    block, d = n0 + tl.arange(0, 16), tl.arange(0, DP)
+    k_nd = tl.load(
+        keys + block.to(tl.int64)[:, None] * stride + d[None, :],
+        mask=(block < most)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    s_tn = tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c
+    return tl.where(block[None, :] < complete[:, None], s_tn, NOTHING)
+
+
 @triton.jit(do_not_specialize=["num_tiles", "N"])
 def lse_kernel(
     q_ptr,  # [N, H, D]
@@ -89,13 +103,17 @@ def lse_kernel(
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """L over the blocks complete at each token; the longest tiles of a document start first."""
+    """L over the blocks complete at each token; the longest tiles of a document start first.
+
+    The sum is taken relative to the largest logit of the document's first 16 blocks, not to a running maximum. Only a
+    row whose sum leaves the range of float32 that way is done again, with the maximum.
+    """
     head = tl.program_id(1)
     kv_head = head // G
     row0, rows, position0, first_block = _tile(
         num_tiles - 1 - tl.program_id(0), tile_start_ptr, starts_ptr, first_block_ptr
     )
-    t, n, d = tl.arange(0, BT), tl.arange(0, BN), tl.arange(0, DP)
+    t, d = tl.arange(0, BT), tl.arange(0, DP)
     row = row0.to(tl.int64) + t
     q_td = tl.load(
         q_ptr + row[:, None] * q_row + head * q_head + d[None, :],
@@ -105,29 +123,30 @@ def lse_kernel(
     complete = (position0 + t + 1) // S
     least, most = (position0 + 1) // S, (position0 + rows) // S  # of the tile's first and last token
     interior = least // BN * BN  # up to here every token sees every block
+    stride = K * D
     keys = pooled_ptr + (first_block.to(tl.int64) * K + kv_head) * D
-    m = tl.full([BT], -1e30, tl.float32)
+    m = tl.ceil(tl.max(_masked_logits(q_td, keys, 0, most, complete, stride, c, D, DP), 1))
+    m = tl.where(complete > 0, m, 0.0)
+    n = tl.arange(0, BN)
     l = tl.zeros([BT], tl.float32)
     for n0 in range(0, interior, BN):
-        k_nd = tl.load(keys + (n0 + n).to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
+        k_nd = tl.load(keys + (n0 + n).to(tl.int64)[:, None] * stride + d[None, :], mask=(d < D)[None, :], other=0.0)
         s_tn = tl.dot(q_td, tl.trans(k_nd), input_precision="ieee")
-        top = tl.maximum(m, tl.max(s_tn, 1) * c)
-        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_tn * c - top[:, None]), 1)
-        m = top
-    for n0 in range(interior, most, BN):
-        block = n0 + n
-        k_nd = tl.load(
-            keys + block.to(tl.int64)[:, None] * (K * D) + d[None, :],
-            mask=(block < most)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        s_tn = tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c
-        s_tn = tl.where(block[None, :] < complete[:, None], s_tn, NOTHING)
-        top = tl.maximum(m, tl.max(s_tn, 1))
-        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_tn - top[:, None]), 1)
-        m = top
-    lse = tl.where(l > 0, m + tl.log2(l), float("inf"))
-    tl.store(lse_ptr + head.to(tl.int64) * N + row, lse, mask=t < rows)
+        l += tl.sum(tl.exp2(s_tn * c - m[:, None]), 1)
+    for n0 in range(interior, most, 16):
+        x_tn = _masked_logits(q_td, keys, n0, most, complete, stride, c, D, DP)
+        l += tl.sum(tl.exp2(x_tn - m[:, None]), 1)
+    out = lse_ptr + head.to(tl.int64) * N + row
+    fits = (l < LARGE) & ((l > 0) | (complete == 0))
+    tl.store(out, tl.where(complete > 0, m + tl.log2(l), float("inf")), mask=(t < rows) & fits)
+    if tl.min(fits.to(tl.int32)) == 0:
+        top = tl.full([BT], -1e30, tl.float32)
+        for n0 in range(0, most, 16):
+            top = tl.maximum(top, tl.max(_masked_logits(q_td, keys, n0, most, complete, stride, c, D, DP), 1))
+        l = tl.zeros([BT], tl.float32)
+        for n0 in range(0, most, 16):
+            l += tl.sum(tl.exp2(_masked_logits(q_td, keys, n0, most, complete, stride, c, D, DP) - top[:, None]), 1)
+        tl.store(out, top + tl.log2(l), mask=(t < rows) & (fits == 0))
 
 
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "slab_row0", "N", "first_blocks", "local_blocks"])
@@ -178,11 +197,13 @@ def score_kernel(
     )
     score_tn = tl.zeros([BT, BN], tl.float32)
     live_td = (t < rows)[:, None] & (d < D)[None, :]
+    lse_ptr += (kv_head * G).to(tl.int64) * N + row
+    lse = tl.load(lse_ptr, mask=t < rows, other=float("inf"))
     for g in range(G):
-        head = kv_head * G + g
-        q_td = tl.load(q_ptr + row[:, None] * q_row + head * q_head + d[None, :], mask=live_td, other=0.0)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * N + row, mask=t < rows, other=float("inf"))
+        q_td = tl.load(q_ptr + row[:, None] * q_row + (kv_head * G + g) * q_head + d[None, :], mask=live_td, other=0.0)
+        next_lse = tl.load(lse_ptr + tl.minimum(g + 1, G - 1).to(tl.int64) * N, mask=t < rows, other=float("inf"))
         score_tn += tl.exp2(tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None])
+        lse = next_lse
     slab_row = ((row - slab_row0) * K + kv_head) * NC
     tl.store(score_ptr + slab_row[:, None] + block[None, :], score_tn, mask=(t < rows)[:, None])
     end = (position0 + t) // S + 1 - local_blocks
@@ -205,31 +226,34 @@ def _count(key, threshold):
 
 
 @triton.jit
-def _largest(key, need):
+def _least(key, highest):
+    """The smallest positive key; ``highest`` if there is none."""
+    return tl.min(tl.where(key > 0, key, highest))
+
+
+@triton.jit
+def _largest(key, need, highest, least):
     """Mask of the ``need`` largest positive keys, ties to the lower position.
 
-    Searches the largest threshold that ``need`` keys reach, two bits at a time from the highest bit in which positive
-    keys differ, until exactly ``need`` keys reach it or all bits are known.
+    ``highest`` is the largest key; ``need`` keys, or all positive ones, reach ``least``. Searches the largest threshold
+    that ``need`` keys reach, bit by bit from the highest in which the two differ, until exactly ``need`` keys reach it
+    or all bits are known.
     """
-    highest = tl.max(key)
-    differ = highest ^ tl.min(tl.where(key > 0, key, highest))
-    bits = tl.where(differ > 0, (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)  # may be 1 too many
-    shift = (bits + 1) // 2 * 2
+    differ = highest ^ least
+    shift = tl.where(differ > 0, (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)  # may be 1 too many
     threshold = tl.where(shift < 31, (highest >> shift) << shift, 0)
     count = _count(key, tl.maximum(threshold, 1))
     while (shift > 0) & (count != need):
-        shift -= 2
-        t1, t2, t3 = threshold + (1 << shift), threshold + (2 << shift), threshold + (3 << shift)
-        n1, n2 = _count(key, t1), _count(key, t2)
-        n3 = tl.where(t3 < threshold, 0, _count(key, t3))  # the sign bit is out of reach
-        n2 = tl.where(t2 < threshold, 0, n2)
-        threshold = tl.where(n3 >= need, t3, tl.where(n2 >= need, t2, tl.where(n1 >= need, t1, threshold)))
-        count = tl.where(n3 >= need, n3, tl.where(n2 >= need, n2, tl.where(n1 >= need, n1, count)))
+        shift -= 1
+        higher = threshold + (1 << shift)
+        n = _count(key, higher)
+        enough = n >= need
+        threshold = tl.where(enough, higher, threshold)
+        count = tl.where(enough, n, count)
     above = key > threshold
     equal = (key == threshold) & (key > 0)
     rank = tl.cumsum(equal.to(tl.int32)) - 1
-    taken = above | (equal & (rank < need - tl.sum(above.to(tl.int32))))
-    return taken & (key > 0)
+    return above | (equal & (rank < need - tl.sum(above.to(tl.int32))))
 
 
 @triton.jit
@@ -244,8 +268,9 @@ def _best_of_chunks(
     chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
     j = tl.arange(0, NCH)
     largest = tl.load(chunk_max_ptr + first + j, mask=j < chunks, other=0)
-    want = tl.minimum(chunks, need)
-    chosen = _largest(largest, want)
+    highest = tl.max(largest)
+    chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
+    reached = _least(tl.where(chosen, largest, 0), highest)  # by one block of every chosen chunk
     tl.store(scratch + tl.cumsum(chosen.to(tl.int32)) - 1, first + j, mask=chosen)
     tl.debug_barrier()
     e = tl.arange(0, KP * CS)
@@ -254,7 +279,8 @@ def _best_of_chunks(
     valid = listed & (block >= lo) & (block < hi)
     key = tl.where(valid, _key(tl.load(score_ptr + block, mask=valid, other=0.0)), 0)
     tl.debug_barrier()
-    return block, key, _largest(key, tl.minimum(tl.maximum(hi - lo, 0), need))
+    least = tl.where(chunks >= need, reached, tl.minimum(highest, 1))
+    return block, key, _largest(key, tl.minimum(tl.maximum(hi - lo, 0), need), highest, least)
 
 
 @triton.jit
@@ -335,7 +361,9 @@ def select_official_kernel(
     j = tl.arange(0, S)
     new = newest + j
     new_key = tl.where(new < own, _key(tl.load(score_ptr + slab_row + new, mask=new < own, other=0.0)), 0)
-    new_kept = _largest(new_key, tl.minimum(own - newest, tl.where(newest > 0, S // 2 - 1, S)))
+    highest = tl.max(new_key)
+    room = tl.minimum(own - newest, tl.where(newest > 0, S // 2 - 1, S))
+    new_kept = _largest(new_key, room, highest, _least(new_key, highest))
     old_key = tl.where(old_kept, old_key, 0)
     new_key = tl.where(new_kept, new_key, 0)
     kept = tl.sum(old_kept.to(tl.int32)) + tl.sum(new_kept.to(tl.int32))

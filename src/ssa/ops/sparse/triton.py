@@ -24,11 +24,17 @@ LIST_PADDING = 8  # union entries that nobody reads; at least columns / 16 of ev
 
 
 class Launch(NamedTuple):
-    """Columns of a tile, warps, pipeline stages."""
+    """Columns of a tile, warps, pipeline stages, most registers per thread (None: the compiler's choice)."""
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Keywords of a kernel's launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 class Strategy(NamedTuple):
@@ -182,13 +188,13 @@ def _sparse_forward(
     union_forward_kernel[(tiles, x.K)](
         q_, k_, v_, out, lse, union_row, union_mask, union_count, tile_start, *_strides(q_, k_, v_), x.H, x.K,
         x.c, x.masked, plan.limit, x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, launch.columns,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     launch = plan.token_forward
     token_forward_kernel[(tiles, x.K)](
         q_, k_, v_, out, lse, indices, starts, union_count, tile_start, *_strides(q_, k_, v_), x.H, x.K,
         x.slots, x.c, x.masked, plan.limit, x.D, x.DP, x.S, x.G, max(16, x.GP), launch.columns,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return out, lse, union_row, union_mask, union_count
 
@@ -242,13 +248,13 @@ def _sparse_backward(
     union_dq_kernel[(tile_start.numel() - 1, x.K)](
         q_, k_, v_, do_, out, lse, delta, dq, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K,
         x.c, x.masked, plan.limit, x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, launch.columns,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     launch = plan.token_dq
     token_dq_kernel[(tile_start.numel() - 1, x.K)](
         q_, k_, v_, do_, out, lse, delta, dq, indices, starts, union_count, tile_start, *strides, x.H, x.K,
         x.slots, x.c, plan.limit, x.D, x.DP, x.S, x.G, max(16, x.GP), launch.columns,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     supers = super_start.numel() - 1
     index = reader_index(
@@ -262,7 +268,7 @@ def _sparse_backward(
         dkv_kernel[(most_works, (x.S << level) // key_rows)](
             q_, k_, v_, do_, lse, delta, index.entry, index.work, index.work_offset, super_start, part, *strides,
             x.H, x.K, supers, part_rows, x.c, x.D, x.DP, x.S, x.G, x.GP, 1 << level, key_rows, plan.readers,
-            num_warps=launch.warps, num_stages=launch.stages,
+            **launch.options,
         )  # fmt: skip
     dkv_reduce_kernel[(supers, x.K, 4)](
         part, index.work_offset, index.level, super_start, dk, dv, x.K, supers, part_rows, x.D, x.DP, x.S, num_warps=4

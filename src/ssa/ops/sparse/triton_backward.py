@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.sparse.triton_forward import load_rows, tile_columns, token_columns
+from ssa.ops.sparse.triton_forward import list_entries, load_rows, tile_columns, token_columns
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -97,16 +97,16 @@ def union_dq_kernel(
     entries = (tile.to(tl.int64) * K + head) * LIST
     k_ptr += head * k_head
     v_ptr += head * v_head
+    first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, 0, count, S, BN)
     for n0 in range(0, count * S, BN):
-        key, bias = tile_columns(
-            union_row_ptr + entries, union_mask_ptr + entries, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP
-        )
+        key, bias = tile_columns(first_key, bits, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP)
+        first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = tl.dot(one_hot, bias, input_precision="ieee")
         s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
-        p_mn = tl.exp2(s_mn * c - lse[:, None])
-        ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
+        dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
+        ds_mn = tl.exp2(s_mn * c - lse[:, None]) * (dp_mn - delta[:, None])
         acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
     dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=live[:, None] & (d < D)[None, :])
@@ -244,10 +244,12 @@ def dkv_kernel(
     r, d = tl.arange(0, M), tl.arange(0, DP)
     g = r % GP
     h = head * G + tl.minimum(g, G - 1)
+    next_entry = tl.load(entry_ptr + tl.minimum(first + r // GP, last - 1))
     for e0 in range(first, last, TQ):
         e = e0 + r // GP
         live = (e < last) & (g < G)
-        entry = tl.load(entry_ptr + tl.minimum(e, last - 1))
+        entry = next_entry  # one step ahead, so that the rows below need not wait for it
+        next_entry = tl.load(entry_ptr + tl.minimum(e + TQ, last - 1))
         token = entry >> 4
         row = token.to(tl.int64)
         q_md = load_rows(q_ptr, row * q_row + h * q_head, 1, D, DP)
@@ -255,13 +257,14 @@ def dkv_kernel(
         lse = tl.load(lse_ptr + row * H + h) * LOG2E
         delta = tl.load(delta_ptr + row * H + h)
         s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None]
+        dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
         seen = tl.where(live, token, -1)
         visible = key_row[None, :] <= seen[:, None]
         if NB > 1:
             visible &= ((entry[:, None] >> bit[None, :]) & 1) != 0
         p_mn = tl.where(visible, tl.exp2(s_mn), 0.0)
         dv_dn = tl.dot(tl.trans(do_md), p_mn.to(do_md.dtype), dv_dn, input_precision="ieee")
-        ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
+        ds_mn = p_mn * (dp_mn - delta[:, None])
         dk_dn = tl.dot(tl.trans(q_md), ds_mn.to(q_md.dtype), dk_dn, input_precision="ieee")
     out = (unit.to(tl.int64) * S + n)[None, :] * DP + d[:, None]
     tl.store(part_ptr + out, dk_dn * (c * LN2))

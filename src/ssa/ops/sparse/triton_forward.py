@@ -1,17 +1,20 @@
 """Block-sparse attention, forward, in Triton. Two kernels share the work tile by tile.
 
-    x = c q . k + 192,  m = max over the row of ceil(x),  p = 2^(x - m),  O = sum p v / sum p,  c = scale * log2(e)
+    x = c q . k,  m = ceil(c q . k_self),  p = 2^(x - m),  O = sum p v / sum p,  c = scale * log2(e)
 
 `union_forward_kernel` takes a tile of neighbouring tokens x the heads of a group as rows and the union of their blocks
 as columns; a mask says who reads what. It serves the tiles whose union is small. `token_forward_kernel` takes one token
 and gathers its own blocks; it serves the tokens of all other tiles. Who serves a tile is read from the union's size on
 the device, so nothing waits for the host.
 
+The reference m is the logit of the query with its own key, which every query reads: no running maximum, no rescaling,
+and the sum cannot vanish. Only a row whose sum comes near float32's limit (some logit is 40 nats above that one) is
+done again with its maximum.
+
 A row's bits do not depend on its neighbours' blocks, which decide about the kernel and the union (a future token must
 not change the past): blocks come in ascending order, each fills whole steps of the matrix unit, blocks that a row does
-not read add exact zeros, the running maximum is an integer, so rescaling is by a power of two, and the row sum adds 16
-columns at a time in order. Adding 192 rounds the exponent to a grid of 2^-16 (for |c q.k| < 64) that no later
-subtraction leaves.
+not read add exact zeros, m is an integer, so another m scales everything by a power of two, and the row sum adds 16
+columns at a time in order.
 
 Loads are not masked: a row that must not be read is replaced by one of the query's own document (so that a NaN of
 another document stays there) and its logit is masked.
@@ -24,8 +27,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-OFFSET = tl.constexpr(192.0)
-LOWEST = tl.constexpr(-(2.0**30))  # running maximum of a row that has seen nothing; masked logits are at -2^40
+SMALL, LARGE = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)  # a sum between them lost nothing, nor did sum p v
+LOWEST = tl.constexpr(-(2.0**30))  # maximum of a row that reads nothing; masked exponents are at -2^40
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -60,25 +63,30 @@ def _add64(l_m16, p_m32, M: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M: tl.constexpr, N: tl.constexpr):
-    """One step of the softmax over the columns of ``s``."""
-    x_mn = s_mn * c + OFFSET
-    top = tl.maximum(m, tl.ceil(tl.max(x_mn, 1)))
-    p_mn = tl.exp2(x_mn - top[:, None])
-    rescale = tl.exp2(m - top)
-    l_m16 = _add16(l_m16 * rescale[:, None], p_mn, M, N)
-    acc_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, acc_md * rescale[:, None], input_precision="ieee")
-    return top, l_m16, acc_md
+def _reference(x):
+    """The integer m from the logit with the own key; 0 where that is out of range (such a row is done again)."""
+    m = tl.ceil(x)
+    return tl.where(tl.abs(m) < -LOWEST, m, 0.0)
 
 
 @triton.jit
-def _finish(m, l_m16, acc_md):
-    """Output rows and natural log-sum-exp; 0 and -inf for a row that read nothing."""
-    l = tl.sum(l_m16, 1)
-    some = l > 0
+def _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M: tl.constexpr, N: tl.constexpr):
+    """One step of the softmax over the columns of ``s``, relative to ``m``."""
+    p_mn = tl.exp2(s_mn * c - m[:, None])
+    acc_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, acc_md, input_precision="ieee")
+    return _add16(l_m16, p_mn, M, N), acc_md
+
+
+@triton.jit
+def _store(out_ptr, lse_ptr, at, m, l, acc_md, keep, D: tl.constexpr, DP: tl.constexpr):
+    """Output and natural log-sum-exp of the rows ``keep``; 0 and -inf for a row that reads nothing."""
+    d = tl.arange(0, DP)
+    some = l != 0  # also NaN
     safe = tl.where(some, l, 1.0)
-    lse = tl.where(some, (m - OFFSET + tl.log2(safe)) * LN2, float("-inf"))
-    return acc_md * (1.0 / safe)[:, None], lse
+    lse = tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf"))
+    out_md = (acc_md * (1.0 / safe)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] * D + d[None, :], out_md, mask=keep[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + at, lse, mask=keep)
 
 
 @triton.jit
@@ -94,18 +102,23 @@ def load_rows(base, rows, row_stride, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def list_entries(entries_row, entries_mask, n0, count, S: tl.constexpr, BN: tl.constexpr):
+    """First key row and token mask of the block of each column ``[BN]``; readers load them one step ahead."""
+    at = tl.minimum((n0 + tl.arange(0, BN)) // S, count)  # the entry behind the last is one that nobody reads
+    return tl.load(entries_row + at), tl.load(entries_mask + at)
+
+
+@triton.jit
 def tile_columns(
-    entries_row, entries_mask, n0, row0, last_row, mask_value, dtype: tl.constexpr,
-    S: tl.constexpr, BN: tl.constexpr, TP: tl.constexpr,
+    first_key, bits, row0, last_row, mask_value, dtype: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
+    TP: tl.constexpr,
 ):  # fmt: skip
     """Key rows to load ``[BN]`` and ``[TP, BN]``: 0 where token i of the tile reads column n, else ``mask_value``.
 
     A product of the latter with the tokens' one-hot rows starts the logits: one small matrix product instead of integer
     work per logit. ``dtype`` is bfloat16 (float16 lacks the range), float32 for float32 inputs (the interpreter).
     """
-    column = n0 + tl.arange(0, BN)
-    key_row = tl.load(entries_row + column // S) + column % S
-    bits = tl.load(entries_mask + column // S)
+    key_row = first_key + tl.arange(0, BN) % S
     bits &= -1 << tl.minimum(tl.maximum(key_row - row0, 0), 31)  # tokens before the key do not see it
     bits = tl.where(key_row - row0 > 31, 0, bits)
     i = tl.arange(0, TP)
@@ -160,26 +173,50 @@ def union_forward_kernel(
     row = (row0 + token).to(tl.int64)
     q_md = tl.load(q_ptr + (row * q_row + (head * G + g) * q_head)[:, None] + d[None, :], mask=live_md, other=0.0)
     MASK: tl.constexpr = tl.float32 if q_md.dtype == tl.float32 else tl.bfloat16
-    one_hot = (token[:, None] == tl.arange(0, TP)[None, :]).to(MASK)
-    m = tl.full([M], LOWEST, tl.float32)
-    l_m16 = tl.zeros([M, 16], tl.float32)
-    acc_md = tl.zeros([M, DP], tl.float32)
-    entries = (tile.to(tl.int64) * K + head) * LIST
+    i = tl.arange(0, TP)
+    own = token[:, None] == i[None, :]
+    one_hot = own.to(MASK)
+    entries_row = union_row_ptr + (tile.to(tl.int64) * K + head) * LIST
+    entries_mask = union_mask_ptr + (tile.to(tl.int64) * K + head) * LIST
     k_ptr += head * k_head
     v_ptr += head * v_head
+    last_row = row0 + rows - 1
+    k_id = load_rows(k_ptr, tl.minimum(row0 + i, last_row), k_row, D, DP)
+    m = _reference(tl.sum(tl.where(own, tl.dot(q_md, tl.trans(k_id), input_precision="ieee"), 0.0), 1) * c)
+    l_m16 = tl.zeros([M, 16], tl.float32)
+    acc_md = tl.zeros([M, DP], tl.float32)
+    first_key, bits = list_entries(entries_row, entries_mask, 0, count, S, BN)
     for n0 in range(0, count * S, BN):
-        key, bias = tile_columns(
-            union_row_ptr + entries, union_mask_ptr + entries, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP
-        )
+        key, bias = tile_columns(first_key, bits, row0, last_row, mask_value, MASK, S, BN, TP)
+        first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = tl.dot(one_hot, bias, input_precision="ieee")
         s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
-        m, l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
-    out_md, lse = _finish(m, l_m16, acc_md)
-    out = row * H + head * G + g
-    tl.store(out_ptr + out[:, None] * D + d[None, :], out_md.to(out_ptr.dtype.element_ty), mask=live_md)
-    tl.store(lse_ptr + out, lse, mask=live)
+        l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+    at = row * H + head * G + g
+    l = tl.sum(l_m16, 1)
+    fits = (l > SMALL) & (l < LARGE)
+    _store(out_ptr, lse_ptr, at, m, l, acc_md, live & fits, D, DP)
+    again = live & (fits == 0)
+    if tl.max(again.to(tl.int32)) > 0:
+        m = tl.full([M], LOWEST, tl.float32)
+        for n0 in range(0, count * S, 16):
+            first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
+            key, bias = tile_columns(first_key16, bits16, row0, last_row, mask_value, MASK, S, 16, TP)
+            s_mn = tl.dot(one_hot, bias, input_precision="ieee")
+            s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
+            m = tl.maximum(m, tl.ceil(tl.max(s_mn, 1) * c))
+        l_m16 = tl.zeros([M, 16], tl.float32)
+        acc_md = tl.zeros([M, DP], tl.float32)
+        for n0 in range(0, count * S, 16):
+            first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
+            key, bias = tile_columns(first_key16, bits16, row0, last_row, mask_value, MASK, S, 16, TP)
+            s_mn = tl.dot(one_hot, bias, input_precision="ieee")
+            s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
+            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, 16)
+        _store(out_ptr, lse_ptr, at, m, tl.sum(l_m16, 1), acc_md, again, D, DP)
 
 
 @triton.jit
@@ -235,7 +272,8 @@ def token_forward_kernel(
     for t in range(row0, end):
         row = t.to(tl.int64)
         q_md = tl.load(q_ptr + row * q_row + (head * G + g)[:, None] * q_head + d[None, :], mask=live_md, other=0.0)
-        m = tl.full([M], LOWEST, tl.float32)
+        k_d = tl.load(k_ptr + row * k_row + d, mask=d < D, other=0.0)
+        m = _reference(tl.sum(q_md.to(tl.float32) * k_d.to(tl.float32)[None, :], 1) * c)
         l_m16 = tl.zeros([M, 16], tl.float32)
         acc_md = tl.zeros([M, DP], tl.float32)
         mine = indices_ptr + (row * K + head) * slots
@@ -243,10 +281,24 @@ def token_forward_kernel(
             key, visible = token_columns(mine, n0, slots, start, t, S, BN)
             k_nd = load_rows(k_ptr, key, k_row, D, DP)
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
-            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
-            s_mn = tl.where(visible[None, :], s_mn, mask_value)
-            m, l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
-        out_md, lse = _finish(m, l_m16, acc_md)
-        out = row * H + head * G + g
-        tl.store(out_ptr + out[:, None] * D + d[None, :], out_md.to(out_ptr.dtype.element_ty), mask=live_md)
-        tl.store(lse_ptr + out, lse, mask=g < G)
+            s_mn = tl.where(visible[None, :], tl.dot(q_md, tl.trans(k_nd), input_precision="ieee"), mask_value)
+            l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+        at = row * H + head * G + g
+        l = tl.sum(l_m16, 1)
+        fits = (l > SMALL) & (l < LARGE)
+        _store(out_ptr, lse_ptr, at, m, l, acc_md, (g < G) & fits, D, DP)
+        again = (g < G) & (fits == 0)
+        if tl.max(again.to(tl.int32)) > 0:
+            m = tl.full([M], LOWEST, tl.float32)
+            for n0 in range(0, slots * S, 16):
+                key, visible = token_columns(mine, n0, slots, start, t, S, 16)
+                s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), input_precision="ieee")
+                m = tl.maximum(m, tl.ceil(tl.max(tl.where(visible[None, :], s_mn, mask_value), 1) * c))
+            l_m16 = tl.zeros([M, 16], tl.float32)
+            acc_md = tl.zeros([M, DP], tl.float32)
+            for n0 in range(0, slots * S, 16):
+                key, visible = token_columns(mine, n0, slots, start, t, S, 16)
+                s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), input_precision="ieee")
+                s_mn = tl.where(visible[None, :], s_mn, mask_value)
+                l_m16, acc_md = _accumulate(s_mn, load_rows(v_ptr, key, v_row, D, DP), m, l_m16, acc_md, c, M, 16)
+            _store(out_ptr, lse_ptr, at, m, tl.sum(l_m16, 1), acc_md, again, D, DP)
