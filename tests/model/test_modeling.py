@@ -209,7 +209,7 @@ def test_logits_to_keep():
         ({"input_ids": tokens(1, 5), "labels": tokens(1, 4)}, "labels: got shape"),
         ({"input_ids": tokens(1, 5), "stream": "dense"}, "stream: got 'dense'"),
         ({"input_ids": tokens(1, 200)}, "a document of 200 tokens"),
-        ({"input_ids": tokens(1, 5), "use_cache": True}, "a key-value cache"),
+        ({"input_ids": tokens(1, 5), "use_cache": True, "labels": tokens(1, 5)}, "labels: got a value together with a"),
         ({"input_ids": tokens(1, 5), "output_attentions": True}, "keyword output_attentions"),
         ({"input_ids": tokens(1, 5), "layout": DocumentLayout.single(1, 6)}, "layout: got"),
     ],

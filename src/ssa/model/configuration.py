@@ -31,6 +31,7 @@ class SSAConfig(LlamaConfig):
             full mode. Sets ``full_probability`` and ``alignment_weight`` where those are None.
         gated: multiply each head's attention output by ``sigmoid(W_g x)`` (all methods of the paper do).
         block_size, num_blocks, first_blocks, local_blocks, selection_rule: see :class:`ssa.ops.SparseSpec`.
+        budgets: blocks per query of each layer in the place of ``num_blocks``: an integer, or one for each KV head.
         window_size: tokens of NSA's sliding window.
         full_probability: chance that a training step's main stream is full attention (p_FA).
         alignment_weight, alignment_distance, align_on, alignment_directions: see :class:`ssa.ops.AlignmentSpec`.
@@ -41,13 +42,13 @@ class SSAConfig(LlamaConfig):
 
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
-    use_cache: bool = False
     tie_word_embeddings: bool = True
 
     method: str = "ssa"
     gated: bool = True
     block_size: int = 16
     num_blocks: int = 16
+    budgets: list[int | list[int]] | None = None
     first_blocks: int = 0
     local_blocks: int = 1
     selection_rule: str = "exact"
@@ -88,16 +89,47 @@ class SSAConfig(LlamaConfig):
             raise ConfigError("SSAConfig", "full attention or alignment with method 'nsa'", "its three sparse branches")
         if self.method == "nsa" and not self.gated:
             raise ConfigError("SSAConfig.gated", "False with method 'nsa'", "True: its three branches are gated")
+        self._check_budgets()
         try:
-            self.sparse_spec()
+            for layer in (None, *range(self.num_hidden_layers if self.budgets else 0)):
+                self.sparse_spec(layer)
             self.alignment_spec()
         except InputError as error:
             raise ConfigError(error.where, error.got, error.expected, error.hint) from None
 
-    def sparse_spec(self) -> SparseSpec:
-        """The selection that the sparse stream uses now."""
+    def _check_budgets(self) -> None:
+        if self.budgets is None:
+            return
+        heads = self.num_key_value_heads or self.num_attention_heads
+        if len(self.budgets) != self.num_hidden_layers:
+            raise ConfigError(
+                "SSAConfig.budgets", f"{len(self.budgets)} entries", f"one for each of {self.num_hidden_layers} layers"
+            )
+        for i, entry in enumerate(self.budgets):
+            counts = entry if isinstance(entry, list | tuple) else [entry]
+            least = self.first_blocks + self.local_blocks
+            good = all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in counts)
+            if not good or len(counts) not in (1, heads):
+                raise ConfigError(
+                    f"SSAConfig.budgets[{i}]", repr(entry), f"an integer of at least {least}, or {heads} (KV heads)"
+                )
+
+    def head_budgets(self, layer: int) -> tuple[int, ...]:
+        """Blocks per query of each KV head of a layer; empty where all heads have the same."""
+        entry = self.budgets[layer] if self.budgets else 0
+        return tuple(entry) if isinstance(entry, list | tuple) and len(set(entry)) > 1 else ()
+
+    def sparse_spec(self, layer: int | None = None) -> SparseSpec:
+        """The selection that the sparse stream uses now, of one layer if ``budgets`` tell layers apart.
+
+        Where its heads differ, ``num_blocks`` is their largest (see :meth:`head_budgets`).
+        """
+        blocks = self.num_blocks
+        if layer is not None and self.budgets:
+            entry = self.budgets[layer]
+            blocks = max(entry) if isinstance(entry, list | tuple) else entry
         rule = cast("SelectionRule", self.selection_rule)
-        return SparseSpec(self.block_size, self.num_blocks, self.first_blocks, self.local_blocks, rule)
+        return SparseSpec(self.block_size, blocks, self.first_blocks, self.local_blocks, rule)
 
     def alignment_spec(self) -> AlignmentSpec:
         """How training aligns the streams."""

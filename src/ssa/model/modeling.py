@@ -5,15 +5,13 @@ Shapes: B batch, T tokens, H query heads, K key-value heads, D head dim, C hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -25,32 +23,44 @@ from transformers.utils import ModelOutput
 
 from ssa.documents import IGNORE_INDEX, DocumentLayout
 from ssa.errors import InputError
+from ssa.model.cache import BlockCache
+from ssa.model.cached import advance, attend, attend_nsa, open_cache, prefill
 from ssa.model.configuration import SSAConfig
+from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
+from ssa.model.modes import AttentionModes, Observer
 from ssa.ops import (
     Alignment,
     AlignmentSpec,
     SparseSpec,
     compressed_attention,
     full_attention,
-    select_blocks,
-    sparse_attention,
     ssa_attention,
     window_attention,
 )
 from ssa.ops.dual.api import Stream
 
-Observer = Callable[[int, Tensor, Tensor, Tensor, DocumentLayout], None]
-
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What every layer does in this forward pass: the main stream, its documents, and the alignment if training."""
+    """What every layer does in this forward pass: the main stream, its documents, and the alignment if training.
+
+    With a ``cache`` every layer appends its keys and values to it; where it held tokens before, ``layout`` is None and
+    attention reads the cache (:mod:`ssa.model.cached`).
+    """
 
     main: Stream
-    layout: DocumentLayout
+    layout: DocumentLayout | None
     spec: SparseSpec
     alignment: AlignmentSpec | None
+    cache: BlockCache | None = None
+
+    def positions(self, x: Tensor) -> Tensor:
+        """RoPE position of each token of ``x [B, T, C]``, from 0 at its document's or sequence's first."""
+        if self.layout is not None:
+            return self.layout.positions(x.device)
+        assert self.cache is not None
+        return self.cache.positions.places(x.shape[1])
 
 
 @dataclass
@@ -63,6 +73,7 @@ class SSAOutput(ModelOutput):
         cross_entropy: mean over the targets of this call in nats, detached.
         alignment: the alignment term of ``loss``, detached; None where the method does not align.
         sparsity_loss, commitment_loss, attention_sparsity: ``[layers]``, detached; None likewise.
+        cache: the key-value cache if there is one.
     """
 
     loss: Tensor | None = None
@@ -72,7 +83,12 @@ class SSAOutput(ModelOutput):
     sparsity_loss: Tensor | None = None
     commitment_loss: Tensor | None = None
     attention_sparsity: Tensor | None = None
-    past_key_values: None = field(default=None, repr=False)
+    cache: BlockCache | None = field(default=None, repr=False)
+
+    @property
+    def past_key_values(self) -> BlockCache | None:
+        """``cache`` under the name that transformers uses before 5.24."""
+        return self.cache
 
 
 class SSAAttention(nn.Module):
@@ -99,20 +115,22 @@ class SSAAttention(nn.Module):
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast cos and sin are wider than the projections
-        if self.observer is not None:
+        if call.cache is not None:
+            call.cache.held[self.layer_index].append(k, v)
+        if self.observer is not None and call.layout is not None:
             self.observer(self.layer_index, q, k, v, call.layout)
         gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
         alignment = None
         if self.branches == 3 and gate is not None:
             out = self._nsa(q, k, v, gate, call)
-        elif call.alignment is not None:
+        elif call.alignment is not None and call.layout is not None:
             out, alignment = ssa_attention(
                 q,
                 k,
                 v,
                 gate,
                 call.main,
-                spec=call.spec,
+                spec=self.config.sparse_spec(self.layer_index),
                 alignment=call.alignment,
                 layout=call.layout,
             )
@@ -123,18 +141,24 @@ class SSAAttention(nn.Module):
         return self.o_proj(out.flatten(2)), alignment
 
     def _single_stream(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        spec, heads = self.config.sparse_spec(self.layer_index), self.config.head_budgets(self.layer_index)
+        if call.layout is None and call.cache is not None:
+            return attend(q, call.cache, self.layer_index, call.main, spec, heads)
         if call.main == "full":
             return full_attention(q, k, v, call.layout)
-        indices = select_blocks(q, k, call.spec, call.layout)
-        return sparse_attention(q, k, v, indices, call.spec.block_size, call.layout)
+        return prefill(q, k, v, spec, heads, cast("DocumentLayout", call.layout))
 
     def _nsa(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, call: AttentionCall) -> Tensor:
         """Sum of three gated branches: compression, selection, sliding window (in the gate's column order)."""
-        branches = (
-            compressed_attention(q, k, v, call.spec.block_size, call.layout),
-            self._single_stream(q, k, v, call),
-            window_attention(q, k, v, self.config.window_size, call.layout),
-        )
+        if call.layout is None and call.cache is not None:
+            spec, heads = self.config.sparse_spec(self.layer_index), self.config.head_budgets(self.layer_index)
+            branches = attend_nsa(q, call.cache, self.layer_index, spec, heads, self.config.window_size)
+        else:
+            branches = (
+                compressed_attention(q, k, v, call.spec.block_size, call.layout),
+                self._single_stream(q, k, v, call),
+                window_attention(q, k, v, self.config.window_size, call.layout),
+            )
         weights = gate.unflatten(-1, (-1, 3)).to(q.dtype)  # [B, T, H, 3]
         return sum((out * weights[..., i, None] for i, out in enumerate(branches)), torch.zeros_like(q))
 
@@ -180,7 +204,7 @@ class SSAModel(SSAPreTrainedModel):
 
     def forward(self, x: Tensor, call: AttentionCall) -> tuple[Tensor, list[Alignment]]:
         """``x [B, T, C]`` embeddings -> last hidden states ``[B, T, C]`` and the alignment of each aligned layer."""
-        rope = self.rotary_emb(x, call.layout.positions(x.device))
+        rope = self.rotary_emb(x, call.positions(x))
         alignments = []
         for layer in self.layers:
             x, alignment = layer(x, rope, call)
@@ -189,7 +213,7 @@ class SSAModel(SSAPreTrainedModel):
         return self.norm(x), alignments
 
 
-class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
+class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
     """The language model. See :meth:`forward` for training and :meth:`attention_mode` for inference."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -215,6 +239,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         alignment_scale: float = 1.0,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SSAOutput:
@@ -231,30 +256,36 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             num_items_in_batch: divide the summed cross-entropy by this instead of the number of targets here.
             alignment_scale: factor on the alignment term, for example this micro-batch's share of the step's rows.
             logits_to_keep: only the last so many positions' logits (0: all).
+            past_key_values: a :class:`ssa.model.cache.BlockCache`; the tokens go on after what it holds, and
+                ``attention_mask``, if any, spans both. ``cache`` is its name in newer transformers.
+            use_cache: make a cache if none is given.
 
         Raises:
             InputError: shapes, ids or documents that do not fit, an unknown stream.
         """
-        if past_key_values is not None or use_cache:
-            raise InputError("SSAForCausalLM", "a key-value cache", "use_cache=False", "generate(..., use_cache=False)")
+        held = open_cache(
+            cache if past_key_values is None else past_key_values,
+            use_cache,
+            self.config,
+            {"layout": layout, "cu_seqlens": cu_seqlens, "labels": labels, "stream": stream},
+        )
         self._refuse_unknown(kwargs)
         x = self._embed(input_ids, inputs_embeds)
-        layout = resolve_documents(x.shape[0], x.shape[1], layout, cu_seqlens, attention_mask, position_ids)
-        if layout.max_length > self.config.max_position_embeddings:
-            raise InputError(
-                "SSAForCausalLM",
-                f"a document of {layout.max_length} tokens",
-                f"at most max_position_embeddings = {self.config.max_position_embeddings}",
-                "RoPE scaling (rope_parameters) with a larger max_position_embeddings",
-            )
-        hidden, alignments = self.model(x, self._call(stream, layout))
+        call = self._call(stream, held)
+        if held is None or not held.get_seq_length():
+            layout = resolve_documents(x.shape[0], x.shape[1], layout, cu_seqlens, attention_mask, position_ids)
+            self._check_layout(layout, held, attention_mask)
+            call = replace(call, layout=layout)
+        if held is not None:
+            advance(held, x, attention_mask, position_ids, self.config)
+        hidden, alignments = self.model(x, call)
         if isinstance(logits_to_keep, int):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         else:
             hidden = hidden[:, logits_to_keep]
         logits = self.lm_head(hidden)
-        output = SSAOutput(logits=logits)
-        if labels is not None:
+        output = SSAOutput(logits=logits, cache=held)
+        if labels is not None and layout is not None:
             self._cross_entropy(output, logits, labels, layout, num_items_in_batch)
         if alignments:
             self._add_alignment(output, alignments, alignment_scale)
@@ -283,7 +314,18 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
                 )
         return self.model.embed_tokens(input_ids)
 
-    def _call(self, stream: str | None, layout: DocumentLayout) -> AttentionCall:
+    def _check_layout(self, layout: DocumentLayout, held: BlockCache | None, mask: Tensor | None) -> None:
+        if layout.max_length > self.config.max_position_embeddings:
+            raise InputError(
+                "SSAForCausalLM",
+                f"a document of {layout.max_length} tokens",
+                f"at most max_position_embeddings = {self.config.max_position_embeddings}",
+                "RoPE scaling (rope_parameters) with a larger max_position_embeddings",
+            )
+        if held is not None and not layout.is_single and (mask is None or bool(mask.all())):
+            raise InputError("SSAForCausalLM", "packed documents with a key-value cache", "one sequence per row")
+
+    def _call(self, stream: str | None, held: BlockCache | None) -> AttentionCall:
         self.config.check()  # the mode and the budget may have been changed since construction
         if stream not in (None, "full", "sparse"):
             raise InputError("SSAForCausalLM.stream", repr(stream), "'full', 'sparse' or None")
@@ -292,7 +334,9 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         aligns = stream is not None and bool(self.config.alignment_weight)
         alignment = self.config.alignment_spec() if aligns else None
         main = cast("Stream", stream or self.config.inference_mode)
-        return AttentionCall(main, layout, self.config.sparse_spec(), alignment)
+        if stream is not None and any(map(self.config.head_budgets, range(self.config.num_hidden_layers))):
+            raise InputError("SSAConfig.budgets", "budgets per head in training", "one budget per layer or for all")
+        return AttentionCall(main, None, self.config.sparse_spec(), alignment, held)
 
     @staticmethod
     def _cross_entropy(
@@ -316,43 +360,6 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         output.sparsity_loss = torch.stack([a.sparsity for a in alignments])
         output.commitment_loss = torch.stack([a.commitment for a in alignments])
         output.attention_sparsity = torch.stack([a.attention_sparsity for a in alignments])
-
-    @contextmanager
-    def attention_mode(
-        self, mode: str | None = None, *, num_blocks: int | None = None, block_size: int | None = None
-    ) -> Iterator[SSAForCausalLM]:
-        """Run in another mode or at another budget inside a ``with``; the same as setting the config's keys.
-
-        Args:
-            mode: ``"full"`` or ``"sparse"``.
-            num_blocks: blocks per query of the sparse mode; block_size: tokens per block.
-
-        Raises:
-            ConfigError: unknown mode, impossible budget, full mode of an NSA model.
-        """
-        wanted = {"inference_mode": mode, "num_blocks": num_blocks, "block_size": block_size}
-        before = {key: getattr(self.config, key) for key in wanted}
-        try:
-            for key, value in wanted.items():
-                if value is not None:
-                    setattr(self.config, key, value)
-            self.config.check()
-            yield self
-        finally:
-            for key, value in before.items():
-                setattr(self.config, key, value)
-
-    @contextmanager
-    def observe_attention(self, observer: Observer) -> Iterator[None]:
-        """Call ``observer(layer, q, k, v, layout)`` for every attention layer, with q and k after RoPE."""
-        layers: list[SSAAttention] = [layer.self_attn for layer in self.model.layers]
-        try:
-            for attention in layers:
-                attention.observer = observer
-            yield
-        finally:
-            for attention in layers:
-                attention.observer = None
 
 
 AutoConfig.register("ssa", SSAConfig)
