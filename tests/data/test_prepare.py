@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ssa.data import PackedDataset, load_tokenizer, prepare, tokenizer_fingerprint, train_tokenizer
 from ssa.data.files import Limits
 from ssa.data.lock import LOCK, folder_lock
+from ssa.data.tokenizer import begin_with_bos
 from ssa.data.writing import SplitWriter
 from ssa.errors import ConfigError, DataError, DataSourceError, DiskError
 
@@ -304,3 +305,12 @@ def test_two_processes_cannot_prepare_one_folder(corpus, tmp_path):
         prepare([str(corpus)], out, row_length=16, vocab_size=280)
     prepare([str(corpus)], out, row_length=16, vocab_size=280)  # the lock is gone with its holder
     assert len(PackedDataset(out, "train"))
+
+
+def test_a_text_begins_with_one_bos_however_often_it_is_asked_for():
+    tokenizer = train_tokenizer(["some text"], 260)
+    plain = tokenizer("text")["input_ids"]
+    for _ in range(2):
+        begun = begin_with_bos(tokenizer)
+        assert begun("text")["input_ids"] == [tokenizer.bos_token_id, *plain]
+        assert begun("text", add_special_tokens=False)["input_ids"] == plain

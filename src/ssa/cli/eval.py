@@ -1,4 +1,7 @@
-"""``ssa eval``: perplexity and attention statistics of a checkpoint in both modes and at several budgets."""
+"""``ssa eval``: perplexity and attention statistics of a checkpoint in both modes and at several budgets.
+
+With ``--tasks`` or ``--tasks-from`` it runs benchmark tasks instead, see :mod:`ssa.cli.eval_tasks`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import arg
 
+from ssa.cli import eval_tasks
+
 if TYPE_CHECKING:
     from ssa.evaluate import Plan
 
 
 def run(argv: list[str]) -> int:
     """Parse flags, evaluate, write ``evaluation.json``, print the table; exit code 0."""
+    if any(argument.partition("=")[0] in eval_tasks.FLAGS for argument in argv):
+        return eval_tasks.run(argv)
 
     def command(
         model: Annotated[Path, tyro.conf.Positional],
@@ -29,7 +36,9 @@ def run(argv: list[str]) -> int:
         device: Annotated[str, arg(help="auto, cpu, cuda")] = "auto",
     ) -> int:
         """Evaluate the model of a run folder or model folder: perplexity in full mode and at each budget,
-        KL(full || sparse), AttnSparsity, dropped mass, entropy in bits, the share of queries that meet Theorem 1."""
+        KL(full || sparse), AttnSparsity, dropped mass, entropy in bits, the share of queries that meet Theorem 1.
+
+        With --tasks or --tasks-from it runs benchmark tasks instead: see ssa eval --tasks --help."""
         from rich.console import Console
 
         from ssa.evaluate import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ssa.errors import ConfigError
@@ -63,6 +63,20 @@ def load_tokenizer(name_or_path: str, *, download: bool = False) -> PreTrainedTo
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+
+
+def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which from now on begins each text with BOS, as every document in training begins.
+
+    Tokenizers that do so already, and those without a BOS, stay as they are.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] != [bos]:
+        token = str(tokenizer.bos_token)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, bos)]
+        )
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
