@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -29,12 +28,14 @@ from ssa.model.configuration import SSAConfig
 from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
 from ssa.model.modes import AttentionModes, Observer
+from ssa.model.regions import LayerOfRegions, after_attention, before_attention
 from ssa.ops import (
     Alignment,
     AlignmentSpec,
     SparseSpec,
     compressed_attention,
     full_attention,
+    linear_cross_entropy,
     ssa_attention,
     window_attention,
 )
@@ -69,7 +70,7 @@ class SSAOutput(ModelOutput):
 
     Attributes:
         loss: cross-entropy + weighted alignment, with gradient; None without labels.
-        logits: ``[B, T, vocabulary]``.
+        logits: ``[B, T, vocabulary]``; None where ``skip_logits``.
         cross_entropy: mean over the targets of this call in nats, detached.
         alignment: the alignment term of ``loss``, detached; None where the method does not align.
         sparsity_loss, commitment_loss, attention_sparsity: ``[layers]``, detached; None likewise.
@@ -109,36 +110,36 @@ class SSAAttention(nn.Module):
             self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.branches, bias=False)
         self.observer: Observer | None = None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
-        """``x [B, T, C]`` -> ``[B, T, C]`` and this layer's alignment."""
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast cos and sin are wider than the projections
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``x [B, T, C]`` -> q ``[B, T, H, D]`` and k, v ``[B, T, K, D]`` after RoPE, gate ``[B, T, H * branches]``."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
+        return q.to(v.dtype), k.to(v.dtype), v, gate  # under autocast cos and sin are wider than the projections
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: AttentionCall
+    ) -> tuple[Tensor, Tensor | None, Alignment | None]:
+        """What follows a batch's documents: output ``[B, T, H, D]``, the gate that it still lacks, the alignment."""
         if call.cache is not None:
             call.cache.held[self.layer_index].append(k, v)
         if self.observer is not None and call.layout is not None:
             self.observer(self.layer_index, q, k, v, call.layout)
-        gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
-        alignment = None
         if self.branches == 3 and gate is not None:
-            out = self._nsa(q, k, v, gate, call)
-        elif call.alignment is not None and call.layout is not None:
-            out, alignment = ssa_attention(
-                q,
-                k,
-                v,
-                gate,
-                call.main,
-                spec=self.config.sparse_spec(self.layer_index),
-                alignment=call.alignment,
-                layout=call.layout,
-            )
-        else:
-            out = self._single_stream(q, k, v, call)
-            if gate is not None:
-                out = out * gate[..., None].to(out.dtype)
-        return self.o_proj(out.flatten(2)), alignment
+            return self._nsa(q, k, v, gate, call), None, None
+        if call.alignment is None or call.layout is None:
+            return self._single_stream(q, k, v, call), gate, None
+        out, alignment = ssa_attention(
+            q,
+            k,
+            v,
+            gate,
+            call.main,
+            spec=self.config.sparse_spec(self.layer_index),
+            alignment=call.alignment,
+            layout=call.layout,
+        )
+        return out, None, alignment
 
     def _single_stream(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         spec, heads = self.config.sparse_spec(self.layer_index), self.config.head_budgets(self.layer_index)
@@ -163,7 +164,7 @@ class SSAAttention(nn.Module):
         return sum((out * weights[..., i, None] for i, out in enumerate(branches)), torch.zeros_like(q))
 
 
-class SSADecoderLayer(GradientCheckpointingLayer):
+class SSADecoderLayer(LayerOfRegions):
     """Pre-norm attention and SwiGLU, each with a residual."""
 
     def __init__(self, config: SSAConfig, layer_index: int) -> None:
@@ -175,9 +176,9 @@ class SSADecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
         """``x [B, T, C]`` -> ``[B, T, C]`` and the alignment, which a checkpointed layer returns exactly too."""
-        attended, alignment = self.self_attn(self.input_layernorm(x), rope, call)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), alignment
+        q, k, v, gate = self.run(before_attention, x, *rope)
+        out, gate, alignment = self.self_attn(q, k, v, gate, call)
+        return self.run(after_attention, x, out, gate), alignment
 
 
 class SSAPreTrainedModel(PreTrainedModel):
@@ -218,6 +219,8 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
+    compiled = False
+
     def __init__(self, config: SSAConfig) -> None:
         super().__init__(config)
         self.model = SSAModel(config)
@@ -238,6 +241,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         alignment_scale: float = 1.0,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         past_key_values: Any = None,
         cache: Any = None,
         use_cache: bool | None = None,
@@ -256,6 +260,8 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
             num_items_in_batch: divide the summed cross-entropy by this instead of the number of targets here.
             alignment_scale: factor on the alignment term, for example this micro-batch's share of the step's rows.
             logits_to_keep: only the last so many positions' logits (0: all).
+            skip_logits: give the loss without ever holding all logits, whose memory a training step cannot spare.
+                None: where labels are given to a model in training mode. Needs labels.
             past_key_values: a :class:`ssa.model.cache.BlockCache`; the tokens go on after what it holds, and
                 ``attention_mask``, if any, spans both. ``cache`` is its name in newer transformers.
             use_cache: make a cache if none is given.
@@ -283,10 +289,13 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         else:
             hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)
-        output = SSAOutput(logits=logits, cache=held)
+        if labels is not None and labels.shape != hidden.shape[:2]:
+            raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(hidden.shape[:2])}")
+        skips = labels is not None and (self.training if skip_logits is None else skip_logits)
+        output = SSAOutput(logits=None if skips else self.lm_head(hidden), cache=held)
         if labels is not None and layout is not None:
-            self._cross_entropy(output, logits, labels, layout, num_items_in_batch)
+            targets = layout.next_token_labels(labels)
+            self._cross_entropy(output, hidden, targets, num_items_in_batch)
         if alignments:
             self._add_alignment(output, alignments, alignment_scale)
         return output
@@ -338,15 +347,15 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
             raise InputError("SSAConfig.budgets", "budgets per head in training", "one budget per layer or for all")
         return AttentionCall(main, None, self.config.sparse_spec(), alignment, held)
 
-    @staticmethod
-    def _cross_entropy(
-        output: SSAOutput, logits: Tensor, labels: Tensor, layout: DocumentLayout, items: int | Tensor | None
-    ) -> None:
-        if labels.shape != logits.shape[:2]:
-            raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(logits.shape[:2])}")
-        targets = layout.next_token_labels(labels)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    def _cross_entropy(self, output: SSAOutput, hidden: Tensor, targets: Tensor, items: int | Tensor | None) -> None:
+        logits = output.logits
+        if logits is None and type(self.lm_head) is not nn.Linear:  # quantised, adapted or sharded by itself
+            logits = self.lm_head(hidden)
+        if logits is None:
+            total = linear_cross_entropy(hidden, self.lm_head.weight, targets, compiled=self.compiled)
+        else:
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            total = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # no target at all gives 0, not NaN
         output.loss = total / (count if items is None else items)
         output.cross_entropy = (total / count).detach()

@@ -1,6 +1,7 @@
 """Attention mathematics on tensors ``[B, T, heads, D]``: selection, sparse, full and both at once. Needs torch only."""
 
 from ssa.ops.bound import ErrorBound, attention_entropy, attention_sparsity, dropped_mass, error_bound
+from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.dispatch import explain
 from ssa.ops.dual.alignment import Alignment, AlignmentSpec
 from ssa.ops.dual.api import ssa_attention
@@ -22,6 +23,7 @@ __all__ = [
     "error_bound",
     "explain",
     "full_attention",
+    "linear_cross_entropy",
     "select_blocks",
     "sparse_attention",
     "ssa_attention",

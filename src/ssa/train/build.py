@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ssa.data import Batch, Loader, PackedDataset
 from ssa.errors import ConfigError
@@ -78,17 +77,20 @@ def build_model(config: SSAConfig, seed: int, weights: str | None = None) -> SSA
 
 
 def recompute_activations(model: SSAForCausalLM) -> None:
-    """Keep no activations inside the layers; the backward pass computes them again."""
-    # The first is the name since transformers 5.24; the second goes with v6.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    """Keep no activations inside the layers but attention's; the backward pass computes the rest again.
+
+    Outputs, log-sum-exps and selected blocks stay, so that no attention is computed twice.
+    """
+    for layer in model.model.layers:
+        layer.recomputes = True
 
 
 def compile_layers(model: SSAForCausalLM) -> None:
-    """Compile, in place, the layers whose graph is the same for every batch.
+    """Compile everything whose graph is the same for every batch: all but the attention operations.
 
-    Attention is not among them: its graph follows the documents of a batch, so it would be compiled again and again.
+    Those follow the documents of a batch, so their graph would be compiled again and again.
     """
-    for module in model.modules():
-        if isinstance(module, LlamaMLP | LlamaRMSNorm):
-            module.compile()
+    model.compiled = True
+    model.model.norm.compile(dynamic=False)
+    for layer in model.model.layers:
+        layer.compiled = True

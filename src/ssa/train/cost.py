@@ -13,6 +13,7 @@ import torch
 
 from ssa.documents import DocumentLayout
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.ops.cross_entropy import CHUNK_LOGITS
 from ssa.train.build import check_split
 from ssa.train.recipe import Recipe
 from ssa.train.sharding import resolve_shard
@@ -97,7 +98,7 @@ class Memory:
         gradients: float32.
         compute: low-precision and gathered copies of weights, and buffers of their gradients' reduction.
         activations: what the backward pass needs of the layers.
-        logits: logits and their gradient.
+        logits: a chunk of logits, and the head's gradient (see :mod:`ssa.ops.cross_entropy`).
     """
 
     weights: float
@@ -146,7 +147,7 @@ def estimate_memory(recipe: Recipe, config: SSAConfig, processes: int = 1) -> Me
         gradients=gradients,
         compute=compute,
         activations=tokens * _activation_bytes(config, low, training.activation_checkpointing),
-        logits=tokens * config.vocab_size * _logit_bytes(low),
+        logits=_logit_bytes(config, tokens, low, compiled=training.compile is not False),
     )
 
 
@@ -162,14 +163,15 @@ def _activation_bytes(config: SSAConfig, low: int, recomputes: bool) -> float:
         attention += 2 * low * parts.queries
     inner = 4 * low * parts.inner
     layer = stream + attention + inner
-    if recomputes:
-        return 4.0 * parts.hidden * config.num_hidden_layers + layer
+    if recomputes:  # attention's inputs and results stay
+        return float((4 * parts.hidden + attention) * config.num_hidden_layers + layer)
     return float(layer * config.num_hidden_layers)
 
 
-def _logit_bytes(low: int) -> float:
-    """Bytes an entry of ``[tokens, V]``: logits, the same in float32, their log-softmax, and the gradient."""
-    return low + 12.0
+def _logit_bytes(config: SSAConfig, tokens: int, low: int, compiled: bool) -> float:
+    """A chunk's logits, their float32 softmax where nothing fuses it, and the head's gradient with its last summand."""
+    chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
+    return chunk * (low + (0.0 if compiled else 12.0)) + 8.0 * config.vocab_size * config.hidden_size
 
 
 @dataclass(frozen=True)

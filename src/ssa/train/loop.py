@@ -163,7 +163,7 @@ class Trainer:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
         if training.activation_checkpointing:
             recompute_activations(model)
-        if training.compile:
+        if training.compile or (training.compile is None and device.type == "cuda"):
             compile_layers(model)
         self.copies = 1  # ranks that hold each part of the gradients
         if size > 1:

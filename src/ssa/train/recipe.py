@@ -146,8 +146,9 @@ class TrainingSection:
         micro_batch_rows: rows in one forward pass of a process; divides its share of rows_per_step. Changes memory,
             not the result.
         precision: bf16 runs autocast with weights and optimiser in fp32.
-        activation_checkpointing: recompute activations in the backward pass; less memory, more time.
-        compile: torch.compile feed-forward and norm layers (attention follows each batch's documents and is not).
+        activation_checkpointing: recompute activations in the backward pass, all but attention's; less memory, more
+            time.
+        compile: torch.compile everything but attention, which follows each batch's documents; None: on a GPU.
         device: auto, cpu, cuda or cuda:N (one process only).
         shard: processes that share one copy of weights, gradients and moments; divides their number. None: all of
             them (FSDP2); 1: each has its own copy (data parallel); between: HSDP. Changes memory, not the result.
@@ -167,7 +168,7 @@ class TrainingSection:
     micro_batch_rows: int
     precision: Precision = "bf16"
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
     device: str = "auto"
     shard: int | None = None
     spike_factor: float | None = 2.0

@@ -23,11 +23,11 @@ class Event(Protocol):
 
 
 class AttentionClock:
-    """Times the attention modules (projections, both streams, gate) and the whole forward pass of sampled steps.
+    """Times the attention operations (selection, both streams, alignment) and the whole forward pass of sampled steps.
 
     Nothing waits: events are queued with the work, and :meth:`read` is called after the host has waited for the step's
-    loss anyway. Recomputation in the backward pass is not timed. Nothing is timed on a CPU, nor where layers are
-    compiled, whose graphs the hooks would break.
+    loss anyway. The backward pass is not timed. Nothing is timed on a CPU, nor where whole layers are compiled, whose
+    graphs the hooks would break.
 
     Args:
         model: whose layers are timed.

@@ -34,7 +34,7 @@ def validate(
             for i, batch in turns:
                 ids, labels = batch.input_ids.to(device), batch.labels.to(device)
                 with context():
-                    output = model(ids, labels=labels, layout=batch.layout)
+                    output = model(ids, labels=labels, layout=batch.layout, skip_logits=True)
                 if i < len(batches):
                     total += output.cross_entropy.double() * batch.targets
         results[mode] = float(ranks.sum(total)) / max(targets, 1)
