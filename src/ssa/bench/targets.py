@@ -176,3 +176,9 @@ def update(path: Path, result: dict[str, Any], targets: Sequence[Target] = TARGE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+def one_line(row: dict[str, Any]) -> str:
+    """A row of the record for the terminal."""
+    verdict = {True: "met", False: "MISSED", None: "not measured"}[row["met"]]
+    return f"{row['id']:<26} target {row['target']:g}{row['unit']}, measured {row['measured']}: {verdict}"

@@ -17,9 +17,10 @@ def run(argv: list[str]) -> int:
 
     def command(
         suite: Annotated[
-            Literal["kernels", "full", "targets", "smoke"],
+            Literal["kernels", "full", "targets", "smoke", "training", "training-smoke"],
             arg(
-                help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: record"
+                help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "
+                "record; training: whole steps of the 1B model; training-smoke: of a tiny one, on a CPU too"
             ),
         ] = "smoke",
         out: Annotated[Path, arg(help="folder of bench-SUITE.json and .png; its targets.json is updated")] = Path(
@@ -35,7 +36,10 @@ def run(argv: list[str]) -> int:
         """Check every case against float64, then time it; print a table, write JSON and a plot."""
         # results are published: the output folder by its name, without the path of somebody's machine
         shown = [out.name if Path(argument) == out else argument for argument in argv]
-        return bench(suite, out, peer, device, budget, shlex.join(["ssa", "bench", *shown]))
+        line = shlex.join(["ssa", "bench", *shown])
+        if suite.startswith("training"):
+            return bench_training(suite, out, device, line)
+        return bench(suite, out, peer, device, budget, line)
 
     return tyro.cli(command, args=argv, prog="ssa bench")
 
@@ -50,7 +54,7 @@ def bench(suite: str, out: Path, peers: tuple[str, ...], device: str, budget: fl
     from ssa.bench.result import run as run_suite
     from ssa.bench.result import table, write
     from ssa.bench.runner import Options
-    from ssa.bench.targets import update
+    from ssa.bench.targets import one_line, update
     from ssa.environment import default_device
 
     console = Console()
@@ -65,7 +69,30 @@ def bench(suite: str, out: Path, peers: tuple[str, ...], device: str, budget: fl
         say(f"plot written to {written.with_suffix('.png')}")
     if suite != "smoke":
         for row in update(out / "targets.json", result):
-            verdict = {True: "met", False: "MISSED", None: "not measured"}[row["met"]]
-            say(f"{row['id']:<26} target {row['target']:g}{row['unit']}, measured {row['measured']}: {verdict}")
+            say(one_line(row))
     say(f"written to {written}")
     return 1 if any(case["status"] in ("wrong", "failed") for case in result["cases"]) else 0
+
+
+def bench_training(suite: str, out: Path, device: str, command: str) -> int:
+    """Whole training steps; exit code 1 if the check before them fails."""
+    from rich.console import Console
+
+    from ssa.bench.result import write
+    from ssa.bench.targets import one_line, update
+    from ssa.bench.training import TARGETS, run, table
+    from ssa.environment import default_device
+
+    console = Console(width=160)
+    say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
+    result = run(suite, command, default_device(device), say)
+    written = out / f"bench-{suite}.json"
+    write(result, written)
+    if suite == "training":
+        ids = {target.id for target in TARGETS}
+        for row in update(out / "targets.json", result, TARGETS):
+            if row["id"] in ids:
+                say(one_line(row))
+    say(f"written to {written}")
+    console.print(table(result))
+    return 0 if result["cases"] else 1
