@@ -13,6 +13,9 @@ H query heads, K key-value heads, D head dim, S block size, P >= ceil(C / S) poo
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -22,6 +25,19 @@ from ssa.errors import InputError
 from ssa.ops.checks import DTYPES, check_positive, reads_values, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, register
 from ssa.ops.spec import BLOCK_SIZES, SparseSpec, is_integer
+from ssa.ops.triton_support import refuse
+
+
+@lru_cache(maxsize=256)
+def _refuse(request: Request, interpreted: str | None) -> str | None:
+    return refuse(request if request.block_size else replace(request, block_size=16))
+
+
+def refuse_decoding(request: Request) -> str | None:
+    """As of the prefill's kernels; remembered, because a step of decoding is shorter than asking. Full decoding has
+    no blocks."""
+    return _refuse(request, os.environ.get("TRITON_INTERPRET"))
+
 
 for _operation in (
     "select_blocks_cached",
@@ -30,7 +46,11 @@ for _operation in (
     "full_decode_attention",
     "update_pooled",
 ):
-    register(_operation, Backend("reference", f"ssa.ops.decode.reference:{_operation}", always))
+    register(
+        _operation,
+        Backend("triton", f"ssa.ops.decode.triton:{_operation}", refuse_decoding),
+        Backend("reference", f"ssa.ops.decode.reference:{_operation}", always),
+    )
 
 
 @torch.no_grad()

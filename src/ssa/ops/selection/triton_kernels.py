@@ -327,15 +327,12 @@ def select_kernel(
     _emit(out, forced_first, block, taken, own, local_blocks, k, KP2)
 
 
-@triton.jit(do_not_specialize=["slab_row0", "k"])
-def select_official_kernel(
-    score_ptr,
-    chunk_max_ptr,
-    indices_ptr,
-    starts_ptr,
-    slab_row0,
-    K,
-    NC,
+@triton.jit
+def _emit_official(
+    score_row,
+    chunk_row,
+    out,
+    own,
     k,
     S: tl.constexpr,
     NCH: tl.constexpr,
@@ -345,22 +342,15 @@ def select_official_kernel(
 ):
     """Top-k under the published merge: of the earlier chunks of S blocks only the S/2 best survive, and of the newest
     S/2 with the own block; a query whose blocks fit in one chunk of S sees no merge. Needs k <= S <= KP * CS."""
-    kv_head = tl.program_id(1)
-    slab_row = (tl.program_id(0).to(tl.int64) * K + kv_head) * NC
-    row = slab_row0 + tl.program_id(0)
-    own = (row - tl.load(starts_ptr + row).to(tl.int32)) // S
-    out = indices_ptr + (row.to(tl.int64) * K + kv_head) * k
     newest = own // S * S
     need_old = tl.where(newest > 0, S // 2, 0)
     scratch = tl.minimum(
         need_old, k
     )  # k slots of scratch: more chunks than k cannot hold a survivor of the final top-k
-    old, old_key, old_kept = _best_of_chunks(
-        score_ptr + slab_row, chunk_max_ptr + slab_row // CS, out, 0, newest, scratch, NCH, CS, KP
-    )
+    old, old_key, old_kept = _best_of_chunks(score_row, chunk_row, out, 0, newest, scratch, NCH, CS, KP)
     j = tl.arange(0, S)
     new = newest + j
-    new_key = tl.where(new < own, _key(tl.load(score_ptr + slab_row + new, mask=new < own, other=0.0)), 0)
+    new_key = tl.where(new < own, _key(tl.load(score_row + new, mask=new < own, other=0.0)), 0)
     highest = tl.max(new_key)
     room = tl.minimum(own - newest, tl.where(newest > 0, S // 2 - 1, S))
     new_kept = _largest(new_key, room, highest, _least(new_key, highest))
@@ -387,3 +377,28 @@ def select_official_kernel(
     tl.store(out + slot, tl.where(slot == total, own, -1), mask=(slot < k) & (slot >= total))
     tl.store(out + tl.cumsum(old_taken.to(tl.int32)) - 1, old, mask=old_taken)
     tl.store(out + count + tl.cumsum(new_taken.to(tl.int32)) - 1, new, mask=new_taken)
+
+
+@triton.jit(do_not_specialize=["slab_row0", "k"])
+def select_official_kernel(
+    score_ptr,
+    chunk_max_ptr,
+    indices_ptr,
+    starts_ptr,
+    slab_row0,
+    K,
+    NC,
+    k,
+    S: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+):
+    """One row of :func:`_emit_official`."""
+    kv_head = tl.program_id(1)
+    slab_row = (tl.program_id(0).to(tl.int64) * K + kv_head) * NC
+    row = slab_row0 + tl.program_id(0)
+    own = (row - tl.load(starts_ptr + row).to(tl.int32)) // S
+    out = indices_ptr + (row.to(tl.int64) * K + kv_head) * k
+    _emit_official(score_ptr + slab_row, chunk_max_ptr + slab_row // CS, out, own, k, S, NCH, CS, KP, KP2)

@@ -1,0 +1,423 @@
+"""Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
+
+A step of sparse decoding is two launches. ``score_kernel`` reads the pooled keys once and leaves the logits and, per
+split, their maximum and sum. ``select_kernel`` turns the logits into scores; the program that finishes a row last
+selects the row's blocks and, where the budget is small, attends over them. Large budgets and full decoding spread the
+keys over programs (``attend_kernel``) and merge (``combine_kernel``).
+
+Grids follow capacities and tiles follow the lengths on the device: splits beyond a length return at once, the others
+share what there is evenly. So a captured CUDA graph serves any lengths.
+
+Shapes: a row is a (sequence, new token) pair, r of R rows; g/GP/M query heads of a KV head, their number padded to a
+power of two, and to at least 16 where a dot product needs it; n/BN blocks or keys of a tile; d/DP head dim, padded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key
+
+NOTHING = tl.constexpr(float("-inf"))
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _place(row, lengths_ptr, starts_ptr, N, STARTS: tl.constexpr):
+    """Sequence of a row, its first real cache row, and the row's position (negative in the left padding)."""
+    sequence = row // N
+    start = sequence * 0
+    if STARTS:
+        start = tl.load(starts_ptr + sequence)
+    return sequence, start, tl.load(lengths_ptr + sequence) - N + row % N - start
+
+
+@triton.jit
+def _share(tiles, split, splits):
+    """Tiles of a split, and how many splits have any."""
+    each = tl.cdiv(tiles, splits)
+    used = tl.where(each > 0, tl.cdiv(tiles, tl.maximum(each, 1)), 0)
+    first = tl.minimum(split * each, tiles)
+    return first, tl.minimum(first + each, tiles), used
+
+
+@triton.jit(do_not_specialize=["new"])
+def pool_new_kernel(
+    k_ptr,  # [B, C, K, D]
+    pooled_ptr,  # [B, P, K, D]
+    lengths_ptr,
+    starts_ptr,
+    new,
+    K,
+    k_batch,
+    k_row,
+    k_head,
+    p_batch,
+    p_row,
+    p_head,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """Mean key of one block if the new tokens completed it: the prefill's sum, in its order and rounded once."""
+    sequence, head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    start = tl.program_id(0) * 0
+    if STARTS:
+        start = tl.load(starts_ptr + sequence)
+    length = tl.load(lengths_ptr + sequence) - start
+    block = tl.maximum(length - new, 0) // S + tl.program_id(0)
+    if block >= length // S:
+        return
+    d = tl.arange(0, DP)
+    rows = k_ptr + sequence * k_batch + head * k_head + d
+    first = start + block * S
+    total_d = tl.zeros([DP], tl.float32)
+    for i in range(0, S, 16):
+        for j in tl.static_range(16):  # unrolled, so that the loads do not wait for the additions
+            x_d = tl.load(rows + (first + i + j).to(tl.int64) * k_row, mask=d < D, other=0.0)
+            total_d += x_d.to(tl.float32)
+    mean_d = tl.div_rn(total_d, tl.full([DP], S, tl.float32))
+    out = pooled_ptr + sequence * p_batch + block.to(tl.int64) * p_row + head * p_head + d
+    tl.store(out, mean_d.to(pooled_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC"])
+def score_kernel(
+    q_ptr,  # [B, N, H, D]
+    pooled_ptr,  # [B, P, K, D]
+    lengths_ptr,
+    starts_ptr,
+    float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
+    count_ptr,  # [rows, K] int32, set to 0
+    row0,
+    rows,
+    N,
+    K,
+    G,
+    splits,
+    NC,
+    q_batch,
+    q_row,
+    q_head,
+    p_batch,
+    p_row,
+    p_head,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """Logits of one row's heads over the completed blocks of one split, their maximum and sum."""
+    split = tl.program_id(0) % splits
+    pair = tl.program_id(0) // splits
+    head = pair % K
+    row = row0 + pair // K
+    sequence, _, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    if split == 0:
+        tl.store(count_ptr + pair, 0)
+    complete = tl.maximum(position + 1, 0) // S
+    first, last, _ = _share(tl.cdiv(complete, BN), split, splits)
+    if first >= last:
+        return
+    g, d = tl.arange(0, M), tl.arange(0, DP)
+    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
+    q_gd = tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    keys = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
+    logits = float_ptr + pair.to(tl.int64) * G * NC
+    m = tl.full([M], NOTHING, tl.float32)
+    l = tl.zeros([M], tl.float32)
+    for tile in range(first, last):
+        n = tile * BN + tl.arange(0, BN)
+        k_nd = tl.load(
+            keys + n.to(tl.int64)[:, None] * p_row + d[None, :],
+            mask=(n < complete)[:, None] & (d < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
+        s_gn = tl.where((n < complete)[None, :], s_gn, NOTHING)
+        tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
+        top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a completed block
+        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
+        m = top
+    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (pair.to(tl.int64) * splits + split) * 2 * GP + g
+    tl.store(partial, m, mask=g < GP)
+    tl.store(partial + GP, l, mask=g < GP)
+
+
+@triton.jit
+def _attend_span(
+    q_md,
+    keys,  # first cache row of the sequence's KV head
+    values,
+    list_ptr,  # blocks of the row; not read unless LISTED
+    first,  # entries of the list, or places in the sequence
+    last,
+    position_m,
+    furthest,  # largest position of the tile
+    k_row,
+    v_row,
+    c,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    BN: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Normalised output ``[M, DP]`` and base-2 log-sum-exp ``[M]`` (-inf and 0 where nothing is visible)."""
+    d = tl.arange(0, DP)
+    m = tl.full([M], NOTHING, tl.float32)
+    l = tl.zeros([M], tl.float32)
+    o_md = tl.zeros([M, DP], tl.float32)
+    for begin in range(first, last, BN):
+        e = begin + tl.arange(0, BN)
+        place = e
+        real = e < last
+        if LISTED:
+            block = tl.load(list_ptr + e // S, mask=real, other=-1).to(tl.int32)
+            place = block * S + e % S
+            real = real & (block >= 0)
+        real = real & (place <= furthest)
+        at = place.to(tl.int64)[:, None]
+        loaded = real[:, None] & (d < D)[None, :]
+        k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
+        v_nd = tl.load(values + at * v_row + d[None, :], mask=loaded, other=0.0)
+        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c
+        s_mn = tl.where(real[None, :] & (place[None, :] <= position_m[:, None]), s_mn, NOTHING)
+        top = tl.maximum(m, tl.max(s_mn, 1))
+        base = tl.where(top == NOTHING, 0.0, top)
+        p_mn = tl.exp2(s_mn - base[:, None])
+        old = tl.exp2(m - base)
+        l = l * old + tl.sum(p_mn, 1)
+        o_md = o_md * old[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
+        m = top
+    seen = l > 0
+    o_md = o_md / tl.where(seen, l, 1.0)[:, None]
+    return o_md, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC", "k", "first_blocks", "local_blocks"])
+def select_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    starts_ptr,
+    indices_ptr,  # [R, K, k] int32
+    out_ptr,  # [R, H, D]
+    lse_ptr,  # [R, H] float32, natural
+    float_ptr,  # of score_kernel, then scores [rows, K, NC]
+    count_ptr,  # [rows, K] programs that have finished, then chunk maxima [rows, K, NC / CS] int32
+    row0,
+    rows,
+    N,
+    K,
+    G,
+    splits,
+    NC,
+    k,
+    first_blocks,
+    local_blocks,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SP: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+    OFFICIAL: tl.constexpr,
+    ATTEND: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """Scores of one split; the last program of a row selects its blocks and attends over them."""
+    split = tl.program_id(0) % splits
+    pair = tl.program_id(0) // splits
+    head = pair % K
+    row = row0 + pair // K
+    sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    complete = tl.maximum(position + 1, 0) // S
+    first, last, used = _share(tl.cdiv(complete, BN), split, splits)
+    if split >= tl.maximum(used, 1):
+        return
+    own = tl.where(position < 0, -1, position // S)
+    wide = pair.to(tl.int64)
+    partials = float_ptr + rows.to(tl.int64) * K * G * NC
+    score_row = partials + rows.to(tl.int64) * K * splits * 2 * GP + wide * NC
+    chunk_row = count_ptr + rows.to(tl.int64) * K + wide * (NC // CS)
+    g = tl.arange(0, GP)
+    if last > first:
+        i = tl.arange(0, SP)
+        partial = partials + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+        m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
+        l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
+        m = tl.max(m_ig, 0)
+        lse = m + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m[None, :]), 0))
+        logits = float_ptr + wide * G * NC
+        for tile in range(first, last):
+            n = tile * BN + tl.arange(0, BN)
+            there = (g < G)[:, None] & (n < complete)[None, :]
+            s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
+            score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
+            tl.store(score_row + n, score_n)
+            candidate = (n >= first_blocks) & (n < own + 1 - local_blocks)
+            largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
+            tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
+    tl.debug_barrier()  # every thread's stores come before the count that publishes them
+    done = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel", scope="gpu")
+    if done + 1 < tl.maximum(used, 1):
+        return
+    listed = indices_ptr + (row.to(tl.int64) * K + head) * k
+    if OFFICIAL:
+        _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
+    else:
+        hi = own + 1 - local_blocks
+        need = k - first_blocks - local_blocks
+        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
+        _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
+    if ATTEND:
+        tl.debug_barrier()  # the list is complete
+        h, d = tl.arange(0, M), tl.arange(0, DP)
+        live = (h < G)[:, None] & (d < D)[None, :]
+        query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
+        q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)
+        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
+        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
+        position_m = tl.full([M], 0, tl.int32) + position
+        o_md, lse_m = _attend_span(
+            q_md, keys, values, listed, 0, k * S, position_m, position, k_row, v_row, c, M, D, DP, S, BK, True
+        )
+        place = (row.to(tl.int64) * K + head) * G
+        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
+
+
+@triton.jit(do_not_specialize=["tiles", "N", "splits", "slots"])
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    list_ptr,  # [R, K, slots] blocks; not read unless LISTED
+    lengths_ptr,
+    starts_ptr,
+    out_ptr,  # [R, H, D]; float32 [R, H, splits, D] if PARTIAL
+    lse_ptr,  # [R, H] natural; [R, H, splits] base 2 if PARTIAL
+    tiles,  # of TT tokens in N
+    N,
+    K,
+    G,
+    splits,
+    slots,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    GP: tl.constexpr,
+    M: tl.constexpr,
+    TT: tl.constexpr,
+    BN: tl.constexpr,
+    LISTED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """A tile of TT tokens x the heads of one KV head, over a list of blocks (TT = 1) or over everything before them."""
+    split = tl.program_id(0) % splits
+    pair = tl.program_id(0) // splits
+    head = pair % K
+    tile = pair // K
+    sequence = (tile // tiles).to(tl.int64)
+    token0 = tile % tiles * TT
+    start = tile * 0
+    if STARTS:
+        start = tl.load(starts_ptr + sequence)
+    position0 = tl.load(lengths_ptr + sequence) - N + token0 - start
+    i, d = tl.arange(0, M), tl.arange(0, DP)
+    t, g = i // GP, i % GP
+    mine = (t < TT) & (token0 + t < N) & (g < G)
+    furthest = position0 + tl.minimum(TT, N - token0) - 1
+    total = tl.maximum(furthest + 1, 0)
+    if LISTED:
+        total = slots * S
+    first, last, _ = _share(tl.cdiv(total, BN), split, splits)
+    row = sequence * N + token0 + t
+    place = (row * K + head) * G + g
+    if PARTIAL:  # noqa: SIM102  (one is known when compiling, the other is not)
+        if first >= last:
+            tl.store(lse_ptr + place * splits + split, tl.full([M], NOTHING, tl.float32), mask=mine)
+            return
+    live = mine[:, None] & (d < D)[None, :]
+    query = q_ptr + sequence * q_batch + (token0 + t).to(tl.int64) * q_row + (head * G + g) * q_head
+    q_md = tl.load(query[:, None] + d[None, :], mask=live, other=0.0)
+    o_md, lse_m = _attend_span(
+        q_md,
+        k_ptr + sequence * k_batch + start.to(tl.int64) * k_row + head * k_head,
+        v_ptr + sequence * v_batch + start.to(tl.int64) * v_row + head * v_head,
+        list_ptr + ((sequence * N + token0) * K + head) * slots,
+        first * BN, tl.minimum(last * BN, total), position0 + t, furthest, k_row, v_row, c, M, D, DP, S, BN, LISTED,
+    )  # fmt: skip
+    if PARTIAL:
+        place = place * splits + split
+    else:
+        lse_m = lse_m * LN2
+    tl.store(out_ptr + place[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(lse_ptr + place, lse_m, mask=mine)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def combine_kernel(
+    part_ptr,  # [R, H, splits, D] float32
+    part_lse_ptr,  # [R, H, splits] base 2
+    out_ptr,  # [R, H, D]
+    lse_ptr,  # [R, H]
+    splits,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SP: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Merge the parts of one query head; a part without keys has an lse of -inf and is not read."""
+    place = tl.program_id(0).to(tl.int64)
+    i, j, d = tl.arange(0, SP), tl.arange(0, BS), tl.arange(0, DP)
+    lse_i = tl.load(part_lse_ptr + place * splits + i, mask=i < splits, other=NOTHING)
+    m = tl.max(lse_i)
+    base = tl.where(m == NOTHING, 0.0, m)
+    total = tl.sum(tl.exp2(lse_i - base))
+    o_d = tl.zeros([DP], tl.float32)
+    for s0 in range(0, splits, BS):
+        at = place * splits + s0 + j
+        w_j = tl.exp2(tl.load(part_lse_ptr + at, mask=s0 + j < splits, other=NOTHING) - base)
+        read = (w_j > 0)[:, None] & (d < D)[None, :]
+        o_d += tl.sum(tl.load(part_ptr + at[:, None] * D + d[None, :], mask=read, other=0.0) * w_j[:, None], 0)
+    o_d = o_d / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + place * D + d, o_d.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(lse_ptr + place, tl.where(total > 0, (base + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, NOTHING))
