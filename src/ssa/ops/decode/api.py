@@ -14,7 +14,6 @@ H query heads, K key-value heads, D head dim, S block size, P >= ceil(C / S) poo
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, overload
 
@@ -23,20 +22,27 @@ from torch import Tensor
 
 from ssa.errors import InputError
 from ssa.ops.checks import DTYPES, check_positive, reads_values, resolve_scale
-from ssa.ops.dispatch import Backend, Request, always, choose, register
+from ssa.ops.dispatch import Backend, Request, always, choose, constant_when_compiled, register
 from ssa.ops.spec import BLOCK_SIZES, SparseSpec, is_integer
 from ssa.ops.triton_support import refuse
 
 
 @lru_cache(maxsize=256)
-def _refuse(request: Request, interpreted: str | None) -> str | None:
-    return refuse(request if request.block_size else replace(request, block_size=16))
+def _remembered(interpreted: str | None, request: Request) -> str:
+    return refuse(request) or ""
+
+
+@constant_when_compiled
+def _reason(device: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, S: int, blocks: int) -> str:
+    request = Request(torch.device(device), dtype, heads, kv_heads, head_dim, S, blocks)
+    return _remembered(os.environ.get("TRITON_INTERPRET"), request)
 
 
 def refuse_decoding(request: Request) -> str | None:
-    """As of the prefill's kernels; remembered, because a step of decoding is shorter than asking. Full decoding has
-    no blocks."""
-    return _refuse(request, os.environ.get("TRITON_INTERPRET"))
+    """As of the prefill's kernels, remembered: a step of decoding takes less time than asking. Full decoding has no
+    blocks."""
+    shape = request.heads, request.kv_heads, request.head_dim, request.block_size or 16, request.num_blocks or 1
+    return _reason(str(request.device), request.dtype, *shape) or None
 
 
 for _operation in (

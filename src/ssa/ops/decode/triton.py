@@ -186,7 +186,7 @@ def select_blocks_cached(
     q: Tensor, pooled: Tensor, lengths: Tensor, starts: Tensor | None, spec: SparseSpec, scale: float
 ) -> Tensor:
     """See :func:`ssa.ops.decode.select_blocks_cached`."""
-    return torch.ops.ssa.select_cached(q, pooled, lengths, starts, *_numbers(spec), scale)  # type: ignore[no-any-return]
+    return torch.ops.ssa.select_cached(q, pooled, lengths, starts, *_numbers(spec), scale)
 
 
 def attend_blocks_cached(
@@ -200,14 +200,14 @@ def attend_blocks_cached(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssa.ops.decode.attend_blocks_cached`."""
-    return torch.ops.ssa.attend_cached(q, k, v, indices, block_size, lengths, starts, scale)  # type: ignore[no-any-return]
+    return torch.ops.ssa.attend_cached(q, k, v, indices, block_size, lengths, starts, scale)
 
 
 def full_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssa.ops.decode.full_decode_attention`; returns output and log-sum-exp."""
-    return torch.ops.ssa.attend_cached(q, k, v, None, 1, lengths, starts, scale)  # type: ignore[no-any-return]
+    return torch.ops.ssa.attend_cached(q, k, v, None, 1, lengths, starts, scale)
 
 
 def decode_attention(
@@ -221,7 +221,7 @@ def decode_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssa.ops.decode.decode_attention`; returns output and log-sum-exp."""
-    return torch.ops.ssa.decode(q, k, v, pooled, lengths, starts, *_numbers(spec), scale)  # type: ignore[no-any-return]
+    return torch.ops.ssa.decode(q, k, v, pooled, lengths, starts, *_numbers(spec), scale)
 
 
 def update_pooled(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Tensor | None, block_size: int) -> None:
