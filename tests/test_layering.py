@@ -36,13 +36,14 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"train", "model", "data", "ops", "documents", "environment", *BASE},
     "evaluate": {"model", "data", "ops", "documents", "environment", *BASE},
     "report": {"errors"},
-    "cli": {"train", "evaluate", "report", "model", "data", "ops", "bench", "documents", "environment", *BASE},
+    "serve": {"model", "data", *BASE},
+    "cli": {"train", "evaluate", "report", "serve", "model", "data", "ops", "bench", "documents", "environment", *BASE},
 }
 
 # third-party package -> patterns of the files that may import it (others are free)
 HOMES: dict[str, str] = {
     "triton": r"ops/(.+/)?triton[^/]*\.py|environment\.py|cli/doctor\.py",
-    "transformers": r"(model|data|train|evaluate|cli)/.+",
+    "transformers": r"(model|data|train|evaluate|cli)/.+|serve\.py",
     "datasets": r"(data|cli)/.+",
     "matplotlib": r"report/.+|bench/plot\.py",
     "jinja2": r"report/.+",

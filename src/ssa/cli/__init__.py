@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from ssa._version import __version__
 from ssa.errors import SSAError
 
-ORDER = ("quickstart", "prepare", "train", "eval", "generate", "report", "bench", "doctor")
+ORDER = ("quickstart", "prepare", "train", "eval", "generate", "serve", "report", "bench", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,6 +69,7 @@ SUMMARIES = {
     "train": "train a recipe, or resume it",
     "eval": "perplexity and attention statistics in both modes and at several budgets",
     "generate": "continue a prompt with a checkpoint",
+    "serve": "a model over HTTP with OpenAI's interface, in one mode at one budget",
     "report": "one HTML page and figures from result files",
     "bench": "speed of the attention operations against the best full attention, correctness first",
     "doctor": "what this machine has, and which backend serves which operation",

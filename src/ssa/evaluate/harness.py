@@ -49,6 +49,8 @@ class SSALM(HFLM):
         CheckpointError: weights that cannot be read.
     """
 
+    add_bos_token: Any  # the base class sets it
+
     def __init__(
         self,
         pretrained: str,
@@ -78,8 +80,7 @@ class SSALM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As the base class, which puts the BOS before each text itself: the tokenizer must not add another."""
-        before: bool | None = self.add_bos_token
-        self.add_bos_token = False
+        before, self.add_bos_token = self.add_bos_token, False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:

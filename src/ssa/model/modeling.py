@@ -304,7 +304,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
     def _refuse_unknown(kwargs: dict[str, Any]) -> None:
         """transformers passes a few keywords that change nothing here; any other is a mistake or asks for a feature."""
         for name, value in kwargs.items():
-            if name not in ("return_dict", "cache_position") and value:
+            if name not in ("return_dict", "cache_position", "tokenizer") and value:
                 raise InputError("SSAForCausalLM", f"keyword {name}={value!r}", "keywords that its docstring lists")
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ HARMLESS = {
     "output_hidden_states",
     "position_embeddings",
     "return_dict",
+    "tokenizer",  # `generate(tokenizer=...)`, as for stop strings, lets it through
     "use_cache",
 }
 _documents, _cache_rows = Memo(), Memo()
