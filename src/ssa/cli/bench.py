@@ -17,10 +17,11 @@ def run(argv: list[str]) -> int:
 
     def command(
         suite: Annotated[
-            Literal["kernels", "full", "targets", "smoke", "training", "training-smoke"],
+            Literal["kernels", "full", "targets", "smoke", "training", "training-smoke", "decode", "decode-smoke"],
             arg(
                 help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "
-                "record; training: whole steps of the 1B model; training-smoke: of a tiny one, on a CPU too"
+                "record; training: whole steps of the 1B model; decode: one layer's step of decoding at 128K; "
+                "training-smoke, decode-smoke: tiny, on a CPU too"
             ),
         ] = "smoke",
         out: Annotated[Path, arg(help="folder of bench-SUITE.json and .png; its targets.json is updated")] = Path(
@@ -37,8 +38,8 @@ def run(argv: list[str]) -> int:
         # results are published: the output folder by its name, without the path of somebody's machine
         shown = [out.name if Path(argument) == out else argument for argument in argv]
         line = shlex.join(["ssa", "bench", *shown])
-        if suite.startswith("training"):
-            return bench_training(suite, out, device, line)
+        if suite.startswith(("training", "decode")):
+            return bench_whole(suite, out, device, line)
         return bench(suite, out, peer, device, budget, line)
 
     return tyro.cli(command, args=argv, prog="ssa bench")
@@ -74,25 +75,29 @@ def bench(suite: str, out: Path, peers: tuple[str, ...], device: str, budget: fl
     return 1 if any(case["status"] in ("wrong", "failed") for case in result["cases"]) else 0
 
 
-def bench_training(suite: str, out: Path, device: str, command: str) -> int:
-    """Whole training steps; exit code 1 if the check before them fails."""
+def bench_whole(suite: str, out: Path, device: str, command: str) -> int:
+    """A suite with records of its own: training steps, decoding. Exit code 1 if a check fails or nothing is left."""
+    from importlib import import_module
+
     from rich.console import Console
 
     from ssa.bench.result import write
     from ssa.bench.targets import one_line, update
-    from ssa.bench.training import TARGETS, run, table
     from ssa.environment import default_device
 
+    family = suite.removesuffix("-smoke")
+    module = import_module("ssa.bench.decode") if family == "decode" else import_module("ssa.bench.training")
     console = Console(width=160)
     say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
-    result = run(suite, command, default_device(device), say)
+    result = module.run(suite, command, default_device(device), say)
     written = out / f"bench-{suite}.json"
     write(result, written)
-    if suite == "training":
-        ids = {target.id for target in TARGETS}
-        for row in update(out / "targets.json", result, TARGETS):
+    if suite == family:
+        ids = {target.id for target in module.TARGETS}
+        for row in update(out / "targets.json", result, module.TARGETS):
             if row["id"] in ids:
                 say(one_line(row))
     say(f"written to {written}")
-    console.print(table(result))
-    return 0 if result["cases"] else 1
+    console.print(module.table(result))
+    wrong = any(case.get("status") in ("wrong", "failed") for case in result["cases"])
+    return 1 if wrong or not result["cases"] else 0
