@@ -106,6 +106,18 @@ def memory(workload: str) -> Callable[[Sequence[Record]], float | None]:
     return figure
 
 
+def whole_model(name: str, ratio: bool = True) -> Callable[[Sequence[Record]], float | None]:
+    """The fastest full attention's time over sparse mode's in the suite ``generate``, or sparse mode's time itself."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        found = find(records, name, "model", name.split()[1], "random")
+        sparse = _fastest([r for r in found if r["backend"] == "sparse"], wall=True)
+        full = _fastest([r for r in found if r["backend"] != "sparse"], wall=True)
+        return _over(full, sparse) if ratio else sparse
+
+    return figure
+
+
 def _targets() -> list[Target]:
     names = {"8k": "1B 4x8K", "32k": "1B 32K", "128k": "1B 128K"}
     promised = {
@@ -126,6 +138,10 @@ def _targets() -> list[Target]:
         name = f"8B {size.upper()}"
         found.append(Target(f"8b_fwd_{size}", forward, "x", True, speed_up(name, "forward")))
         found.append(Target(f"8b_fwdbwd_{size}", both, "x", True, speed_up(name, "forward+backward")))
+    found.append(Target("generate_1b_64k_b16", 3, "x", True, whole_model("1B decode 64K b16")))
+    found.append(Target("prefill_1b_128k_ms", 950, "ms", False, whole_model("1B prefill 128K b1", ratio=False)))
+    found.append(Target("prefill_1b_128k_ratio", 3.3, "x", True, whole_model("1B prefill 128K b1")))
+    found.append(Target("decode_cpu_32k", 3, "x", True, whole_model("64M attention 32K b1")))
     return [*found, Target("memory_128k", 1.3, "x", False, memory("1B 128K"))]
 
 

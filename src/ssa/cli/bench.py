@@ -17,11 +17,13 @@ def run(argv: list[str]) -> int:
 
     def command(
         suite: Annotated[
-            Literal["kernels", "full", "targets", "smoke", "training", "training-smoke", "decode", "decode-smoke"],
+            Literal[
+                "kernels", "full", "targets", "smoke", "training", "training-smoke", "decode", "decode-smoke", "generate"
+            ],
             arg(
                 help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "
                 "record; training: whole steps of the 1B model; decode: one layer's step of decoding at 128K; "
-                "training-smoke, decode-smoke: tiny, on a CPU too"
+                "generate: decoding and prefill of whole models; training-smoke, decode-smoke: tiny, on a CPU too"
             ),
         ] = "smoke",
         out: Annotated[Path, arg(help="folder of bench-SUITE.json and .png; its targets.json is updated")] = Path(
