@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ssa.bench.runner import Options, Record, milliseconds, one_line
 from ssa.bench.timing import Timing, measure
-from ssa.errors import SSAError
+from ssa.errors import InputError, SSAError
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.cache import BlockCache
 from ssa.model.graph import graph_of
 from ssa.ops import SparseSpec
 from ssa.ops.decode import decode_attention, full_decode_attention, update_pooled
+from ssa.train.build import compile_layers
 
 MODES = ("full", "sparse")
 STEPS = 256  # rows beyond the context: what warming up and timing may add
@@ -242,16 +243,24 @@ def random_cache(model: SSAForCausalLM, case: Case) -> BlockCache:
 
 
 def prefilling(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]:
-    """A prompt into an empty cache, logits of its last token."""
+    """A prompt into an empty cache, logits of its last token. On a GPU the layers are compiled around attention."""
     ids = torch.randint(model.config.vocab_size, (case.batch, case.context), device=model.device)
 
     def timed(options: Options) -> Timing:
         cache = BlockCache.from_config(model.config, case.context)
 
-        def step() -> object:
+        def step() -> Tensor:
             cache.reset()
-            return model(ids, past_key_values=cache, logits_to_keep=1).logits
+            return _logits(model(ids, past_key_values=cache, logits_to_keep=1))
 
+        for layer in model.model.layers:  # the mode before this one has compiled them
+            layer.compiled = False
+        plain = step()
+        if options.device.type == "cuda":
+            compile_layers(model)
+        error, limit = _error(step(), plain), LIMITS[model.dtype]
+        if error > limit:
+            raise InputError("compiled layers", f"an error of {error:.1e}", f"at most {limit:.1e}")
         return measure(step, options.device, options.budget_ms)
 
     return timed
