@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ssa import DocumentLayout
 from ssa.errors import ConfigError, InputError
 from ssa.model import METHODS, SSAConfig, SSAForCausalLM
+from ssa.ops.dual import api
 
 from .tiny import VOCABULARY, tiny_model, tokens
 
@@ -86,6 +87,22 @@ def test_loss_is_cross_entropy_plus_weighted_mean_over_layers(stream):
     torch.testing.assert_close(out.loss.detach(), out.cross_entropy + aligned)
     torch.testing.assert_close(out.alignment, aligned)
     assert out.sparsity_loss.shape == (2,)
+
+
+def test_a_sparse_step_aligns_rows_sampled_by_seed_and_layer(monkeypatch):
+    seeds, sample = [], api.sample_rows
+    monkeypatch.setattr(api, "sample_rows", lambda *x: seeds.append(x[2]) or sample(*x))
+    model, ids = tiny_model(align_query_fraction=0.25).train(), tokens(2, 30)
+    results = [model(ids, labels=ids, layout=LAYOUT, stream="sparse", sample_seed=seed) for seed in (5, 5, 6)]
+    assert seeds == [5, 6, 5, 6, 6, 7], "every layer adds its number"
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert not torch.equal(results[0].alignment, results[2].alignment)
+    results[0].loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    exact = tiny_model().train()(ids, labels=ids, layout=LAYOUT, stream="full")
+    assert torch.equal(model(ids, labels=ids, layout=LAYOUT, stream="full").loss, exact.loss), "full steps are exact"
+    with pytest.raises(InputError, match="seed"):
+        model(ids, labels=ids, stream="sparse")
 
 
 def test_labels_stop_at_documents_and_minus_100():

@@ -22,6 +22,7 @@ from ssa.train.cost import (
     matrix_parameters,
     peak_flops,
     step_flops,
+    step_pairs,
 )
 from ssa.train.recipe_file import load_recipe
 from ssa.train.summary import describe_size
@@ -57,6 +58,14 @@ def test_pairs_are_counted_by_document(data: Path) -> None:
     layout = DocumentLayout.from_lengths([[5, 27], [32]])
     assert attended_pairs(layout, config, "full") == sum(n * (n + 1) // 2 for n in (5, 27, 32))
     assert attended_pairs(layout, config, "sparse") == sum(min(t + 1, 16) for n in (5, 27, 32) for t in range(n))
+
+
+def test_a_sampled_counterpart_counts_for_its_share(data: Path) -> None:
+    layout = DocumentLayout.single(2, 64)
+    exact, sampled = (tiny(data, model__align_query_fraction=f).model_config(VOCABULARY) for f in (1.0, 0.25))
+    full, sparse = (attended_pairs(layout, exact, stream) for stream in ("full", "sparse"))
+    assert step_pairs(layout, exact, "sparse") == step_pairs(layout, sampled, "full") == full + sparse
+    assert step_pairs(layout, sampled, "sparse") == full // 4 + sparse
 
 
 def test_peaks_are_known_by_name_and_never_guessed() -> None:

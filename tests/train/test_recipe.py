@@ -69,6 +69,7 @@ ABLATED: dict[str, tuple[str, ...]] = {
     "blocks-16x64": ("block_size",),
     "blocks-8x32": ("block_size", "num_blocks"),
     "official-top-k": ("selection_rule",),
+    **{f"sampled-{n}": ("align_query_fraction",) for n in (4, 8, 16)},
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssa.data import Loader, PackedDataset
 from ssa.model import SSAForCausalLM
+from ssa.ops.dual import api
 from ssa.train.build import build_model
 from ssa.train.step import StepSums, accumulate_gradients
 from ssa.train.streams import Stream
@@ -83,3 +84,15 @@ def test_activation_checkpointing_changes_no_gradient(stream: Stream, data: Path
     model.activation_checkpointing_enable({"use_reentrant": False})
     again, _ = gradients(model, data, stream, 4)
     assert distance(plain, again) <= 1e-6
+
+
+def test_micro_batches_sample_other_rows_and_a_step_is_repeatable(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(data, model__align_query_fraction=0.25)
+    model = build_model(recipe.model_config(VOCABULARY), 0)
+    seeds: list[int] = []
+    sample = api.sample_rows
+    monkeypatch.setattr(api, "sample_rows", lambda *x: seeds.append(x[2]) or sample(*x))  # type: ignore[func-returns-value]
+    losses = [gradients(model, data, "sparse", 4)[1].loss for _ in range(2)]
+    assert torch.equal(*losses)
+    assert len(set(seeds[:4])) == 4, "two layers of two micro-batches"
+    assert seeds[:4] == seeds[4:]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ssa.train.streams import draw_stream
+from ssa.train.streams import draw_sample_seed, draw_stream
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.5, 0.75])
@@ -43,3 +43,12 @@ def test_another_process_draws_the_same() -> None:
     code = "from ssa.train.streams import draw_stream; print(*(draw_stream(7, s, 0.5)[0] for s in range(64)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out == [draw_stream(7, s, 0.5)[0] for s in range(64)]
+
+
+def test_sample_seeds_differ_by_step_and_run_and_are_drawn_apart_from_streams() -> None:
+    seeds = [draw_sample_seed(seed, step) for seed in range(20) for step in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert draw_sample_seed(3, 7) == draw_sample_seed(3, 7)
+    high = sum((draw_sample_seed(0, step) >= 2**62) == (draw_stream(0, step, 0.5) == "full") for step in range(4000))
+    assert abs(high / 4000 - 0.5) < 4 * 0.5 / 4000**0.5

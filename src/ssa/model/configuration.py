@@ -35,6 +35,7 @@ class SSAConfig(LlamaConfig):
         window_size: tokens of NSA's sliding window.
         full_probability: chance that a training step's main stream is full attention (p_FA).
         alignment_weight, alignment_distance, align_on, alignment_directions: see :class:`ssa.ops.AlignmentSpec`.
+        align_query_fraction: its ``query_fraction``.
         inference_mode: ``"full"`` or ``"sparse"``; may be changed at any time, as may ``num_blocks``.
     """
 
@@ -58,6 +59,7 @@ class SSAConfig(LlamaConfig):
     alignment_distance: str = "smooth_l1"
     align_on: str = "gated"
     alignment_directions: str = "both"
+    align_query_fraction: float = 1.0
     inference_mode: str = "sparse"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -138,4 +140,5 @@ class SSAConfig(LlamaConfig):
             cast("Distance", self.alignment_distance),
             cast("AlignOn", self.align_on),
             cast("Directions", self.alignment_directions),
+            float(self.align_query_fraction),
         )

@@ -55,6 +55,7 @@ class AttentionCall:
     spec: SparseSpec
     alignment: AlignmentSpec | None
     cache: BlockCache | None = None
+    seed: int | None = None  # of the sampled alignment; a layer adds its number
 
     def positions(self, x: Tensor) -> Tensor:
         """RoPE position of each token of ``x [B, T, C]``, from 0 at its document's or sequence's first."""
@@ -138,6 +139,7 @@ class SSAAttention(nn.Module):
             spec=self.config.sparse_spec(self.layer_index),
             alignment=call.alignment,
             layout=call.layout,
+            seed=None if call.seed is None else call.seed + self.layer_index,
         )
         return out, None, alignment
 
@@ -240,6 +242,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
         stream: str | None = None,
         num_items_in_batch: int | Tensor | None = None,
         alignment_scale: float = 1.0,
+        sample_seed: int | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         past_key_values: Any = None,
@@ -259,6 +262,8 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
                 counterpart is computed too. None: run ``config.inference_mode``.
             num_items_in_batch: divide the summed cross-entropy by this instead of the number of targets here.
             alignment_scale: factor on the alignment term, for example this micro-batch's share of the step's rows.
+            sample_seed: of the query rows that a sparse step aligns where ``config.align_query_fraction`` is below 1;
+                another one for every micro-batch (layers draw by themselves).
             logits_to_keep: only the last so many positions' logits (0: all).
             skip_logits: give the loss without ever holding all logits, whose memory a training step cannot spare.
                 None: where labels are given to a model in training mode. Needs labels.
@@ -277,7 +282,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
         )
         self._refuse_unknown(kwargs)
         x = self._embed(input_ids, inputs_embeds)
-        call = self._call(stream, held)
+        call = replace(self._call(stream, held), seed=sample_seed)
         if held is None or not held.get_seq_length():
             layout = resolve_documents(x.shape[0], x.shape[1], layout, cu_seqlens, attention_mask, position_ids)
             self._check_layout(layout, held, attention_mask)

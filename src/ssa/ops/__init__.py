@@ -6,6 +6,7 @@ from ssa.ops.dispatch import explain
 from ssa.ops.dual.alignment import Alignment, AlignmentSpec
 from ssa.ops.dual.api import ssa_attention
 from ssa.ops.full.api import full_attention
+from ssa.ops.full.rows import full_attention_rows
 from ssa.ops.nsa import compressed_attention, window_attention
 from ssa.ops.selection.api import select_blocks
 from ssa.ops.sparse.api import sparse_attention
@@ -23,6 +24,7 @@ __all__ = [
     "error_bound",
     "explain",
     "full_attention",
+    "full_attention_rows",
     "linear_cross_entropy",
     "select_blocks",
     "sparse_attention",

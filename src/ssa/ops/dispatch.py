@@ -41,6 +41,7 @@ class Request:
     block_size: int | None = None
     num_blocks: int | None = None
     layout: DocumentLayout | None = None
+    rows: Any = None  # a QueryRows, where only some query rows are computed
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, **facts: Any) -> Request:
@@ -93,8 +94,8 @@ def register(operation: str, *backends: Backend) -> None:
     OPERATIONS[operation] = backends
 
 
-def choose(operation: str, request: Request, backend: str = "auto") -> Callable[..., Any]:
-    """The function of the backend that serves ``request``.
+def find(operation: str, request: Request, backend: str = "auto") -> Backend:
+    """The backend that serves ``request``.
 
     Raises:
         InputError: unknown backend name.
@@ -104,9 +105,9 @@ def choose(operation: str, request: Request, backend: str = "auto") -> Callable[
     if backend == "auto":
         for candidate in backends:
             if candidate.refusal(request) is None:
-                return candidate.load()
+                return candidate
         raise BackendError(
-            operation, f"no backend for {replace(request, layout=None)}", "a supported call", "explain()"
+            operation, f"no backend for {replace(request, layout=None, rows=None)}", "a supported call", "explain()"
         )
     for candidate in backends:
         if candidate.name == backend:
@@ -117,8 +118,13 @@ def choose(operation: str, request: Request, backend: str = "auto") -> Callable[
                     "a call that this backend can serve",
                     "backend='auto'",
                 )
-            return candidate.load()
+            return candidate
     raise InputError(f"{operation}.backend", repr(backend), f"'auto' or one of {[b.name for b in backends]}")
+
+
+def choose(operation: str, request: Request, backend: str = "auto") -> Callable[..., Any]:
+    """The function of :func:`find`'s backend."""
+    return find(operation, request, backend).load()
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ def explain(
 ) -> Explanation:
     """Which backend ``auto`` takes for such a call, and why not the others.
 
-    ``operation`` is one of ``"select_blocks"``, ``"sparse_attention"``, ``"full_attention"``.
+    ``operation`` is one of ``"select_blocks"``, ``"sparse_attention"``, ``"full_attention"`` and
+    ``"full_attention_rows"``.
     """
     if operation not in OPERATIONS:
         raise InputError("explain.operation", repr(operation), f"one of {sorted(OPERATIONS)}")

@@ -58,7 +58,8 @@ def step_pairs(layout: DocumentLayout, config: SSAConfig, stream: Stream) -> int
     """Query-key pairs of one head and layer that a training step computes: of the drawn stream and, where the method
     aligns, of its counterpart; for NSA of the selection, window and compression branches."""
     if config.alignment_weight:
-        return attended_pairs(layout, config, "full") + attended_pairs(layout, config, "sparse")
+        share = float(config.align_query_fraction) if stream == "sparse" else 1.0  # of a sample: on average
+        return round(share * attended_pairs(layout, config, "full")) + attended_pairs(layout, config, "sparse")
     pairs = attended_pairs(layout, config, stream)
     if config.method == "nsa":
         pairs += _pairs(layout, config.window_size)

@@ -16,7 +16,7 @@ from transformers import Trainer
 from ssa.data import PackedDataset
 from ssa.documents import IGNORE_INDEX
 from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.train.streams import Stream, draw_stream
+from ssa.train.streams import Stream, draw_sample_seed, draw_stream
 
 METRICS = ("cross_entropy", "alignment", "sparsity_loss", "commitment_loss", "attention_sparsity")
 
@@ -75,7 +75,8 @@ class SSATrainer(Trainer):
         """``Trainer``'s loss, in training with the step's stream and the alignment's scale."""
         if model.training:
             scale = self._alignment_scale(num_items_in_batch)
-            inputs = {**inputs, "stream": self.step_stream(), "alignment_scale": scale}
+            seed = draw_sample_seed(self.args.seed, self.state.global_step + 1)
+            inputs = {**inputs, "stream": self.step_stream(), "alignment_scale": scale, "sample_seed": seed}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._add(outputs)

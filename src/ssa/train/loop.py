@@ -49,7 +49,7 @@ from ssa.train.sharding import resolve_shard, shard_model
 from ssa.train.spikes import LossWindow
 from ssa.train.state import STATE, TrainingState, check_resumable, read_state
 from ssa.train.step import StepSize, StepSums, accumulate_gradients, alignment_fields, sum_over_ranks
-from ssa.train.streams import Stream, draw_stream
+from ssa.train.streams import Stream, draw_sample_seed, draw_stream
 from ssa.train.telemetry import Telemetry, say, truncate_metrics
 from ssa.train.tensors import gather, load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from ssa.train.timing import Meter
@@ -250,7 +250,8 @@ class Trainer:
         is_logged = step % training.log_every == 0 or step == 1 or last
         if is_logged:
             self.meter.sample()
-        sums = accumulate_gradients(self.model, batches, stream, self.device, self.context, size)
+        seed = draw_sample_seed(self.recipe.seed, step)
+        sums = accumulate_gradients(self.model, batches, stream, self.device, self.context, size, seed)
         sums, norm = sum_over_ranks(sums, gradient_norm(self.optimizer), self.copies, self.ranks)
         apply_gradients(self.optimizer, self.guard, self.recipe, step, sums.loss, norm)
         self.step, self.tokens = step, self.tokens + self.recipe.tokens_per_step

@@ -74,6 +74,8 @@ class ModelSection:
         alignment_distance: distance between the two streams' outputs.
         align_on: compare outputs after (gated) or before (raw) the gate.
         alignment_directions: both, or one direction alone (an ablation).
+        align_query_fraction: share 1/n of the query rows whose alignment a sparse step computes, drawn anew in every
+            step and layer; an unbiased estimate at that share of the full stream's cost. 1: exact.
         inference_mode: mode written to the final model; None: full for method full, sparse otherwise.
     """
 
@@ -105,6 +107,7 @@ class ModelSection:
     alignment_distance: Distance = "smooth_l1"
     align_on: AlignOn = "gated"
     alignment_directions: Directions = "both"
+    align_query_fraction: float = 1.0
     inference_mode: Mode | None = None
 
 

@@ -62,6 +62,7 @@ def accumulate_gradients(
     device: torch.device,
     context: Context,
     size: StepSize | None = None,
+    sample_seed: int = 0,
 ) -> StepSums:
     """Run this rank's micro-batches of one step and add up their gradients.
 
@@ -70,6 +71,7 @@ def accumulate_gradients(
 
     Args:
         size: of the whole step; default: these batches are all of it.
+        sample_seed: of the step; every micro-batch derives its own.
     """
     size = size or StepSize.of(batches)
     targets = max(size.targets, 1)  # a step of one-token documents alone has no target: loss 0
@@ -86,6 +88,7 @@ def accumulate_gradients(
                 stream=stream,
                 num_items_in_batch=targets,
                 alignment_scale=share,
+                sample_seed=sample_seed + (number << 32),  # far beyond what the layers add to it
             )
         output.loss.backward()
         sums.loss = sums.loss + output.loss.detach()

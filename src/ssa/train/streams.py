@@ -9,6 +9,15 @@ from typing import Literal
 Stream = Literal["full", "sparse"]
 
 
+def draw_sample_seed(seed: int, step: int) -> int:
+    """Seed of the query rows that a sparse step aligns, below ``2**63``; a pure function as :func:`draw_stream`.
+
+    All ranks use the same, so that each computes as much as the others; their documents differ.
+    """
+    digest = blake2b(struct.pack("<qq", seed, step), digest_size=8, person=b"ssa.sample").digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def draw_stream(seed: int, step: int, full_probability: float) -> Stream:
     """The main stream of an optimiser step (paper Algorithm 1).
 

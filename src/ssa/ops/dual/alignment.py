@@ -14,6 +14,8 @@ from ssa.errors import InputError
 Distance = Literal["smooth_l1", "l2"]
 AlignOn = Literal["gated", "raw"]
 Directions = Literal["both", "sparsity", "commitment"]
+MOST_TILES = 64
+SMALLEST_FRACTION = 1 / MOST_TILES
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,27 @@ class AlignmentSpec:
             learns from it too; ``"raw"`` compares them before, as the paper's Algorithm 1 writes it.
         directions: ``"both"``, or one of ``"sparsity"`` (full towards sparse) and ``"commitment"`` (sparse towards
             full). One direction alone is an ablation; the paper reports that it diverges.
+        query_fraction: f = 1/n. In sparse steps the full counterpart is computed for a random share f of the query
+            rows, and the alignment is an unbiased estimate (docs/training.md). Full steps are always exact.
     """
 
     weight: float = 10.0
     distance: Distance = "smooth_l1"
     align_on: AlignOn = "gated"
     directions: Directions = "both"
+    query_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < float("inf"):
             raise InputError("AlignmentSpec.weight", repr(self.weight), "a finite number of at least 0")
+        fraction = self.query_fraction
+        if not isinstance(fraction, (int, float)) or not SMALLEST_FRACTION <= fraction <= 1:
+            raise InputError("AlignmentSpec.query_fraction", repr(fraction), f"1/n for n from 1 to {MOST_TILES}")
+        if abs(1 / fraction - round(1 / fraction)) > 1e-6:
+            near = round(1 / fraction)
+            raise InputError(
+                "AlignmentSpec.query_fraction", repr(fraction), f"1/n for an integer n to {MOST_TILES}", f"1/{near}"
+            )
         for name, allowed in (("distance", Distance), ("align_on", AlignOn), ("directions", Directions)):
             if getattr(self, name) not in get_args(allowed):
                 raise InputError(f"AlignmentSpec.{name}", repr(getattr(self, name)), f"one of {get_args(allowed)}")

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from ssa.documents import DocumentLayout
 from ssa.errors import InputError
-from ssa.ops.bound import attention_sparsity
-from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
-from ssa.ops.dual.alignment import Alignment, AlignmentSpec, align
-from ssa.ops.full.api import full_attention
+from ssa.ops.checks import check_block_indices, check_qkv, resolve_layout, resolve_scale
+from ssa.ops.dual.alignment import Alignment, AlignmentSpec
+from ssa.ops.dual.node import BothStreams, Plan
+from ssa.ops.dual.sampling import sample_rows
+from ssa.ops.dual.streams import full_stream, sparse_stream
+from ssa.ops.full.rows import row_kernel
 from ssa.ops.selection.api import select_blocks
-from ssa.ops.sparse.api import sparse_attention
-from ssa.ops.spec import SparseSpec
+from ssa.ops.spec import SparseSpec, is_integer
 
 Stream = Literal["full", "sparse"]
+WHOLE = ("cuda", "packed")  # full backends of whole documents, which "auto" replaces for sampled rows
 
 
 def ssa_attention(
@@ -30,11 +32,15 @@ def ssa_attention(
     alignment: AlignmentSpec | None = None,
     layout: DocumentLayout | None = None,
     block_indices: Tensor | None = None,
+    seed: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
     full_backend: str = "auto",
 ) -> tuple[Tensor, Alignment]:
     """Attention of the main stream, and the alignment with its counterpart (paper Algorithm 1).
+
+    One node of autograd. It saves q, k, v, gate, both outputs, their log-sum-exps and the blocks, nothing else of
+    that size. :mod:`ssa.ops.dual.reference` is what it computes.
 
     Args:
         q: ``[B, T, H, D]``, after RoPE.
@@ -45,6 +51,8 @@ def ssa_attention(
         alignment: weight, distance, what is compared; default ``AlignmentSpec()``.
         layout: documents of the batch; default one per row.
         block_indices: use these instead of selecting.
+        seed: of the sampled rows, where ``main`` is ``"sparse"`` and ``alignment.query_fraction`` below 1; another one
+            for every step and layer, see :func:`ssa.ops.dual.sampling.sample_rows`.
         scale: logit scale, default ``D ** -0.5``.
         backend: for selection and sparse attention.
         full_backend: for full attention.
@@ -69,18 +77,18 @@ def ssa_attention(
     spec, alignment = spec or SparseSpec(), alignment or AlignmentSpec()
     if block_indices is None:
         block_indices = select_blocks(q, k, spec, layout, scale=scale, backend=backend)
-    full, full_lse = full_attention(q, k, v, layout, scale=scale, return_lse=True, backend=full_backend)
-    sparse, sparse_lse = sparse_attention(
-        q, k, v, block_indices, spec.block_size, layout, scale=scale, return_lse=True, backend=backend
-    )
-    mass = attention_sparsity(sparse_lse, full_lse).mean()
-    if gate is None:
-        losses = align(full, sparse, alignment)
     else:
-        weight = gate[..., None].to(q.dtype)
-        if alignment.align_on == "raw":
-            losses = align(full, sparse, alignment)
-        full, sparse = full * weight, sparse * weight
-        if alignment.align_on == "gated":
-            losses = align(full, sparse, alignment)
-    return (full if main == "full" else sparse), Alignment(*losses, mass)
+        check_block_indices("ssa_attention", block_indices, k, spec.block_size, layout)
+    sparse = sparse_stream(q, k, spec.block_size, block_indices.shape[3], layout, scale, backend)
+    plan = Plan(main, alignment, scale, sparse, None, None, None)
+    if main == "sparse" and alignment.query_fraction < 1:
+        if not is_integer(seed):
+            raise InputError("ssa_attention.seed", repr(seed), "an integer where query_fraction is below 1")
+        rows = sample_rows(layout, alignment.query_fraction, seed or 0)
+        row_backend = "auto" if full_backend in WHOLE else full_backend
+        plan = plan._replace(rows=rows, row_kernel=row_kernel(q, k, rows, layout, row_backend))
+    else:
+        plan = plan._replace(full=full_stream(q, k, layout, scale, full_backend))
+    weight = None if gate is None else gate.to(q.dtype)
+    out, loss, distance, mass = BothStreams.apply(q, k, v, weight, block_indices, plan)
+    return out, Alignment(loss, distance, distance, mass)

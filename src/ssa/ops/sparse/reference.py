@@ -45,18 +45,7 @@ class _SparseAttention(torch.autograd.Function):
         layout: DocumentLayout,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        B, T, H, D = q.shape
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(B, T, H, dtype=wide, device=q.device)
-        q_, k_, v_, i_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices))
-        K = k.shape[2]
-        for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
-            key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
-            logits = masked_logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
-            probability = logits.softmax(-1)  # not exp(logits - lse): a large lse has few digits after the point
-            out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
-            lse.view(B * T, H)[chunk] = logits.logsumexp(-1).flatten(1)
+        out, lse = forward(q, k, v, indices, S, layout, scale)
         ctx.save_for_backward(q, k, v, indices, out)
         ctx.arguments = S, layout, scale
         ctx.mark_non_differentiable(lse)
@@ -65,33 +54,57 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, indices, out = ctx.saved_tensors
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        S, layout, scale = ctx.arguments
-        B, T, H, D = q.shape
-        K = k.shape[2]
-        q_, k_, v_, i_, o_, do_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices, out, d_out))
-        dq = torch.empty(B * T, H, D, dtype=wide, device=q.device)
-        dk = torch.zeros(B * T * K, D, dtype=wide, device=q.device)
-        dv = torch.zeros_like(dk)
-        for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
-            key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
-            query, d_o, o = (_grouped(x[chunk], K).to(wide) for x in (q_, do_, o_))  # [c, K, G, D]
-            logits = masked_logits(query, key, visible, scale)
-            probability = logits.softmax(-1)  # [c, K, G, M]
-            d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
-            dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
-            dk.index_add_(0, entries.flatten(), ((d_logits.mT @ query) * scale).flatten(0, 2))
-            dv.index_add_(0, entries.flatten(), (probability.mT @ d_o).flatten(0, 2))
-        return (
-            dq.view_as(q).to(q.dtype),
-            dk.view_as(k).to(k.dtype),
-            dv.view_as(v).to(v.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        return *backward(d_out, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, S: int, layout: DocumentLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, T, H, D]`` and log-sum-exp ``[B, T, H]``, without autograd."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    B, T, H, D = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, T, H, dtype=wide, device=q.device)
+    q_, k_, v_, i_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices))
+    K = k.shape[2]
+    for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
+        key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
+        logits = masked_logits(_grouped(q_[chunk], K).to(wide), key, visible, scale)
+        probability = logits.softmax(-1)  # not exp(logits - lse): a large lse has few digits after the point
+        out.view(B * T, H, D)[chunk] = (probability @ value).flatten(1, 2).to(q.dtype)
+        lse.view(B * T, H)[chunk] = logits.logsumexp(-1).flatten(1)
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    S: int,
+    layout: DocumentLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k``, ``v``."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    q_, k_, v_, i_, o_, do_ = (x.contiguous().flatten(0, 1) for x in (q, k, v, indices, out, d_out))
+    dq = torch.empty(B * T, H, D, dtype=wide, device=q.device)
+    dk = torch.zeros(B * T * K, D, dtype=wide, device=q.device)
+    dv = torch.zeros_like(dk)
+    for chunk, entries, visible in gather_plan(i_, S, *_places(layout, q.device), D):
+        key, value = take(k_, entries).to(wide), take(v_, entries).to(wide)
+        query, d_o, o = (_grouped(x[chunk], K).to(wide) for x in (q_, do_, o_))  # [c, K, G, D]
+        logits = masked_logits(query, key, visible, scale)
+        probability = logits.softmax(-1)  # [c, K, G, M]
+        d_logits = probability * (d_o @ value.mT - (d_o * o).sum(-1, keepdim=True))
+        dq[chunk] = ((d_logits @ key) * scale).flatten(1, 2)
+        dk.index_add_(0, entries.flatten(), ((d_logits.mT @ query) * scale).flatten(0, 2))
+        dv.index_add_(0, entries.flatten(), (probability.mT @ d_o).flatten(0, 2))
+    return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype)
 
 
 def _places(layout: DocumentLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,110 @@
+"""Both streams and their alignment as one node of autograd."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssa.ops.dual import passes
+from ssa.ops.dual.alignment import AlignmentSpec
+from ssa.ops.dual.passes import Streams
+from ssa.ops.dual.streams import Stream
+from ssa.ops.full.query_rows import QueryRows
+from ssa.ops.full.row_kernels import RowKernel
+from ssa.ops.triton_support import flat
+
+
+class Plan(NamedTuple):
+    """How a call is computed: the full stream by ``full`` (all rows), or by ``row_kernel`` (``rows`` alone)."""
+
+    main: str
+    spec: AlignmentSpec
+    scale: float
+    sparse: Stream
+    full: Stream | None
+    rows: QueryRows | None
+    row_kernel: RowKernel | None
+
+    @property
+    def passes(self) -> ModuleType:
+        """The elementwise passes that go with the sparse stream's backend."""
+        if self.sparse.backend == "reference":
+            return passes
+        from ssa.ops.dual import triton_passes
+
+        return triton_passes
+
+    def streams(self, full: Tensor, sparse: Tensor, gate: Tensor | None) -> Streams:
+        """What the passes read; ``full [R, H, D]`` or ``[B, T, H, D]``, ``sparse [B, T, H, D]``, ``gate [B, T, H]``."""
+        sparse_, gate_ = sparse.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
+        return Streams(full.view(-1, *sparse_.shape[1:]), sparse_, gate_, self.rows, self.main, self.spec)
+
+
+class BothStreams(torch.autograd.Function):
+    """``(q, k, v, gate, indices, plan)`` to the main stream's output, the weighted loss, the distance and the mass.
+
+    A stream that no gradient reaches (one direction alone, the other stream main) is not differentiated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, indices: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            sparse = plan.sparse.forward(q, k, v, indices)
+            full = _full_forward(plan, q, k, v, indices)
+            streams = plan.streams(full[0], sparse[0], gate)
+            out, distance, mass = plan.passes.forward(
+                streams, full[1].view(streams.full.shape[:2]), sparse[1].flatten(0, 1)
+            )
+        loss = distance * (plan.spec.weight * (2 if plan.spec.directions == "both" else 1))
+        ctx.save_for_backward(q, k, v, gate, indices, *full, *sparse)
+        ctx.plan, ctx.split = plan, len(full)
+        ctx.mark_non_differentiable(distance, mass)
+        return out.view(q.shape), loss, distance, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        q, k, v, gate, indices, *results = ctx.saved_tensors
+        full, sparse = tuple(results[: ctx.split]), tuple(results[ctx.split :])
+        streams = plan.streams(full[0], sparse[0], gate)
+        inflow = plan.passes.backward(streams, flat(d_out), d_loss)
+        grads: tuple[Tensor, ...] | None = None
+        if plan.main == "sparse" or streams.pulls_sparse:
+            grads = plan.sparse.backward(inflow.sparse.view(q.shape), q, k, v, indices, sparse)
+        if plan.full is not None and (plan.main == "full" or streams.pulls_full):
+            full_grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full)
+            grads = full_grads if grads is None else tuple(a.add_(b) for a, b in zip(grads, full_grads, strict=True))
+        elif plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
+            flats = (x.flatten(0, 1) for x in (q, k, v))
+            found = plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale)
+            assert grads is not None, "rows are sampled where the sparse stream is main"
+            grads = _add_rows(grads, found, plan.rows)
+        assert grads is not None, "the main stream has gradients"
+        d_gate = None if gate is None or inflow.gate is None else inflow.gate.view(gate.shape)
+        return *grads, d_gate, None, None
+
+
+def _full_forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+    if plan.full is not None:
+        return tuple(plan.full.forward(q, k, v, indices))
+    assert plan.rows is not None
+    assert plan.row_kernel is not None
+    if not plan.rows.count:  # documents with fewer tokens than tiles
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_empty(0, *q.shape[2:]), q.new_empty(0, q.shape[2], dtype=wide)
+    return plan.row_kernel.forward(*(x.flatten(0, 1) for x in (q, k, v)), plan.rows, plan.scale)
+
+
+def _add_rows(grads: tuple[Tensor, ...], found: tuple[Tensor, ...], rows: QueryRows) -> tuple[Tensor, ...]:
+    """Sums of the sparse stream's gradients and the sampled rows' wide ones, rounded once."""
+    dq, *rest = grads
+    index, flat_dq = rows.index(dq.device), dq.flatten(0, 1)
+    flat_dq.index_copy_(0, index, found[0].add_(flat_dq.index_select(0, index)).to(dq.dtype))
+    return dq, *(wide.view(g.shape).add_(g).to(g.dtype) for g, wide in zip(rest, found[1:], strict=True))

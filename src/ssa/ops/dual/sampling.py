@@ -1,0 +1,71 @@
+"""Which query rows the full counterpart of a sparse step is computed for: a stratified random sample of tiles.
+
+The rows of the batch are cut into tiles that lie inside documents, every 1/f neighbouring tiles form a stratum, and one
+tile of each stratum is drawn, each with the same chance. So every row is drawn with probability exactly f, and a sum
+over the drawn rows divided by f is an unbiased estimate of the sum over all rows (Horvitz and Thompson, 1952).
+A row's cost grows with its place in the document; strata that cover a document evenly keep the cost of a step near f.
+
+No generator state exists: the sample is a function of the layout, the fraction and a seed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from hashlib import blake2b
+
+from ssa.documents import DocumentLayout
+from ssa.ops.full.query_rows import QueryRows, Window
+
+MOST_RUNS = 4  # a batch of at most so many runs of equally long documents is sampled run by run
+STRATA = 4  # of a document, if its tiles stay long enough
+TILE = 128  # rows that a kernel's program computes at once
+
+
+def tiles_per_stratum(fraction: float) -> int:
+    """1/f."""
+    return round(1 / fraction)
+
+
+def draw_tile(seed: int, stratum: int, tiles: int) -> int:
+    """Uniform in ``range(tiles)``: a hash of ``seed`` (any 64 bits) and the stratum's number."""
+    message = struct.pack("<Qq", seed % 2**64, stratum)
+    return int.from_bytes(blake2b(message, digest_size=8, person=b"ssa.rows").digest(), "little") % tiles
+
+
+def sample_rows(layout: DocumentLayout, fraction: float, seed: int) -> QueryRows:
+    """Rows of ``layout``, each with probability ``fraction`` = 1/n.
+
+    A pure function: ranks and recomputed layers that pass equal arguments draw equal rows. Where a batch has few runs
+    of equally long documents, the documents of a run share their windows, so that these form batches.
+    """
+    tiles = tiles_per_stratum(fraction)
+    return choose_rows(layout, tiles, lambda stratum: draw_tile(seed, stratum, tiles))
+
+
+def choose_rows(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) -> QueryRows:
+    """One of ``tiles`` tiles of each stratum: number ``pick(stratum)``."""
+    runs = list(layout.runs())
+    if len(runs) > MOST_RUNS:
+        return _choose_tiles(layout, tiles, pick)
+    windows, stratum = [], 0
+    for first, documents, length in runs:
+        strata = next((m for m in (STRATA, 2) if length >= m * tiles * TILE), 1)
+        for i in range(strata):
+            tile = i * tiles + pick(stratum)
+            begin, end = (n * length // (strata * tiles) for n in (tile, tile + 1))
+            if begin < end:
+                windows.append(Window(first, documents, length, begin, end))
+            stratum += 1
+    return QueryRows(tuple(windows))
+
+
+def _choose_tiles(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) -> QueryRows:
+    """Strata over documents: tiles of up to TILE rows in the order of the batch; the last stratum may be short."""
+    found, row = [], 0
+    for length in layout.lengths:
+        found += [Window(row, 1, length, a, min(a + TILE, length)) for a in range(0, length, TILE)]
+        row += length
+    strata = range(-(-len(found) // tiles))
+    numbers = (stratum * tiles + pick(stratum) for stratum in strata)
+    return QueryRows(tuple(found[i] for i in numbers if i < len(found)))

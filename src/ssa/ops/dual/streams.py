@@ -1,0 +1,77 @@
+"""Forward and backward of each stream as plain functions, out of the backends that the public operations register.
+
+``ssa_attention`` is one node of autograd, so it calls these and not the operations, which are nodes themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssa.documents import DocumentLayout
+from ssa.ops.dispatch import Request, find
+from ssa.ops.full import backends
+from ssa.ops.full import reference as full_reference
+from ssa.ops.sparse import reference as sparse_reference
+
+Results = tuple[Tensor, ...]  # output, log-sum-exp, and what else the backward pass wants
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Stream(NamedTuple):
+    """``forward(q, k, v, indices)`` gives :data:`Results`; ``backward(d_out, q, k, v, indices, results)`` gives
+    :data:`Gradients`. The full stream reads no indices. ``backend``: who computes it."""
+
+    backend: str
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Results]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Results], Gradients]
+
+
+def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, backend: str) -> Stream:
+    """Full attention of all rows. See :func:`ssa.ops.full_attention` for ``backend``."""
+    request = Request.of(q, k, layout=layout)
+    found = find("full_attention", request, backend)
+    if found.name == "reference":
+        return Stream(
+            found.name,
+            lambda q, k, v, _: full_reference.forward(q, k, v, layout, scale),
+            lambda d_out, q, k, v, _, results: full_reference.backward(d_out, q, k, v, results[0], layout, scale),
+        )
+    found.load()  # declares the custom operations
+    kernel = backends.usable(request) if found.name == "cuda" else found.name
+    lengths, op = layout.lengths, torch.ops.ssa
+    return Stream(
+        found.name,
+        lambda q, k, v, _: op.full_forward(q, k, v, lengths, scale, kernel),
+        lambda d_out, q, k, v, _, results: op.full_backward(d_out, q, k, v, *results, lengths, scale, kernel),
+    )
+
+
+def sparse_stream(
+    q: Tensor, k: Tensor, block_size: int, slots: int, layout: DocumentLayout, scale: float, backend: str
+) -> Stream:
+    """Attention over given blocks. See :func:`ssa.ops.sparse_attention` for ``backend``."""
+    found = find("sparse_attention", Request.of(q, k, block_size=block_size, num_blocks=slots, layout=layout), backend)
+    if found.name == "reference":
+        rest: tuple[Any, ...] = (block_size, layout, scale)
+        return Stream(
+            found.name,
+            lambda q, k, v, i: sparse_reference.forward(q, k, v, i, *rest),
+            lambda d_out, q, k, v, i, results: sparse_reference.backward(d_out, q, k, v, i, results[0], *rest),
+        )
+    found.load()
+    from ssa.ops.sparse.triton import _bitmap_rows, strategy
+
+    device, op = q.device, torch.ops.ssa
+    tokens = strategy(q.shape[2], k.shape[2], q.shape[3], block_size, slots).tokens
+    tiles, supers = layout.block_grid(tokens, device), layout.block_grid(4 * block_size, device)
+    starts, (offsets, words) = layout.starts(device), _bitmap_rows(layout, block_size, str(device))
+    rest = (starts, tiles.block_start, supers.block_start, supers.first_block, offsets, words, block_size, scale)
+    return Stream(
+        found.name,
+        lambda q, k, v, i: op.sparse_forward(q, k, v, i, *rest),
+        lambda d_out, q, k, v, i, results: op.sparse_backward(d_out, q, k, v, i, *results, *rest),
+    )

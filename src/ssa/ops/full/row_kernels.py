@@ -1,0 +1,222 @@
+"""Full attention of some query rows: forward and backward through the kernels of the full stream.
+
+A window ``[a, b)`` of a document reads a *rectangle*, all keys before ``a``, and a causal *square*, the keys of
+``[a, b)``. cuDNN computes both kinds fast, but its causal mask starts at the first key, so it cannot compute their
+union. The two results meet through their log-sum-exps:
+
+    lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2.
+
+Backward needs nothing of the kind: a flash backward rebuilds probabilities as ``exp(logit - lse)`` and subtracts
+``sum(d_out * out)``. Given the *merged* out and lse, each part returns its exact share of the gradients.
+
+Shapes: N flat rows, R rows of the subset, H query heads, K key-value heads, D head dim; n documents, W rows of a
+window, L keys. The gradients of k and v are added up in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssa.ops.full.query_rows import QueryRows, Window
+
+aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class RowKernel(NamedTuple):
+    """``forward(q, k, v, rows, scale)``: out ``[R, H, D]`` and log-sum-exp ``[R, H]`` of flat ``q [N, H, D]``, k, v.
+    ``backward(d_out, q, k, v, out, lse, rows, scale)``: wide gradients ``[R, H, D]``, ``[N, K, D]``, ``[N, K, D]``."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Gradients]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------------- one rectangle or square, [n, W or L, heads, D]
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal, False, scale=scale)
+    return out.transpose(1, 2), lse.view(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
+
+
+def _cudnn_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Gradients:
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's random state
+    lengths, stats = (q.shape[1], k.shape[1]), lse.transpose(1, 2).contiguous()[..., None]
+    d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        d_out, q, k, v, out, stats, unused, unused, None, None, None, *lengths, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    return dq, dk, dv
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    key, value = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), key, value, 0.0, causal, attn_mask=None, scale=scale
+    )
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _cpu_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Gradients:
+    K = k.shape[2]
+    key, value = (x.transpose(1, 2).repeat_interleave(q.shape[2] // K, 1) for x in (k, v))
+    do_, q_, out_, lse_ = (x.transpose(1, 2).contiguous() for x in (d_out, q, out, lse))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do_, q_, key, value, out_, lse_, 0.0, causal, attn_mask=None, scale=scale
+    )
+    dk, dv = (x.unflatten(1, (K, -1)).sum(2) for x in (dk, dv))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------- windows as rectangles and squares
+def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Gradients]) -> RowKernel:
+    """Kernel of windows from one of rectangles. Windows of one size share a call for their squares."""
+
+    def rows_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float) -> tuple[Tensor, Tensor]:
+        query, key, value = (x.index_select(0, rows.index(q.device)) for x in (q, k, v))
+        out, lse = torch.empty_like(query), torch.empty(query.shape[:2], dtype=_wide(q), device=q.device)
+        past, past_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
+        for size, span in rows.squares():
+            o, l = forward(*(x[span].unflatten(0, (-1, size)) for x in (query, key, value)), True, scale)
+            out[span], lse[span] = o.flatten(0, 1), l.flatten(0, 1)
+        for w, span in rows.spans():
+            if w.begin:
+                o, l = forward(
+                    query[span].unflatten(0, (w.documents, -1)), w.keys(k, w.begin), w.keys(v, w.begin), False, scale
+                )
+                past[span], past_lse[span] = o.flatten(0, 1), l.flatten(0, 1)
+        total = torch.logaddexp(lse, past_lse)
+        own, before = ((x - total).exp_()[..., None] for x in (lse, past_lse))
+        return (own * out).addcmul_(before, past.to(own.dtype)).to(q.dtype), total
+
+    def rows_backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+    ) -> Gradients:
+        index = rows.index(q.device)
+        query, key, value = (x.index_select(0, index) for x in (q, k, v))
+        dq = torch.empty(query.shape, dtype=_wide(q), device=q.device)
+        dk, dv = (torch.zeros(x.shape, dtype=_wide(q), device=q.device) for x in (k, v))
+        for size, span in rows.squares():
+            parts = (x[span].unflatten(0, (-1, size)) for x in (d_out, query, key, value, out, lse))
+            grads = [g.flatten(0, 1).to(dq.dtype) for g in backward(*parts, True, scale)]
+            dq[span] = grads[0]
+            for total, grad in ((dk, grads[1]), (dv, grads[2])):
+                total.index_copy_(0, index[span], grad)
+        for w, span in rows.spans():
+            if w.begin:
+                do_, q_, out_, lse_ = (x[span].unflatten(0, (w.documents, -1)) for x in (d_out, query, out, lse))
+                keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
+                grads = list(backward(do_, q_, keys, values, out_, lse_, False, scale))
+                dq[span] += grads[0].flatten(0, 1)
+                for total, grad in ((dk, grads[1]), (dv, grads[2])):
+                    w.keys(total, w.begin).add_(grad)
+        return dq, dk, dv
+
+    return RowKernel(rows_forward, rows_backward)
+
+
+# ---------------------------------------------------------------------- any windows, one call of Flash
+class _Varlen(NamedTuple):
+    """Offsets of queries and of gathered keys, the keys' flat rows, the longest of each."""
+
+    queries: Tensor
+    keys: Tensor
+    key_rows: Tensor
+    longest: tuple[int, int]
+
+
+def _varlen(rows: QueryRows, device: torch.device) -> _Varlen:
+    single = [(w.first + i * w.length, w) for w in rows.windows for i in range(w.documents)]
+
+    def offsets(sizes: list[int]) -> Tensor:
+        return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+
+    queries = rows.on(device, "queries", lambda: offsets([w.size for _, w in single]))
+    keys = rows.on(device, "keys", lambda: offsets([w.end for _, w in single]))
+    key_rows = rows.on(device, "key rows", lambda: torch.cat([torch.arange(d, d + w.end) for d, w in single]))
+    return _Varlen(queries, keys, key_rows, (max(w.size for _, w in single), max(w.end for _, w in single)))
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash aligns its causal mask with the last key, so that a window and all that it reads are one call."""
+    x = _varlen(rows, q.device)
+    query, key, value = q.index_select(0, rows.index(q.device)), *(y.index_select(0, x.key_rows) for y in (k, v))
+    out, lse, *_ = aten._flash_attention_forward(
+        query, key, value, x.queries, x.keys, *x.longest, 0.0, True, False, scale=scale
+    )
+    return out, lse.t().contiguous()
+
+
+def _flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+) -> Gradients:
+    x = _varlen(rows, q.device)
+    query, key, value = q.index_select(0, rows.index(q.device)), *(y.index_select(0, x.key_rows) for y in (k, v))
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state, unused
+    unused = torch.empty(0, device=q.device)
+    dq, *grads = aten._flash_attention_backward(
+        d_out, query, key, value, out, lse.t().contiguous(), x.queries, x.keys, *x.longest, 0.0, True, state, unused,
+        scale=scale,
+    )  # fmt: skip
+    dk, dv = (
+        torch.zeros(y.shape, dtype=torch.float32, device=q.device).index_add_(0, x.key_rows, g.float())
+        for y, g in zip((k, v), grads, strict=True)
+    )
+    return dq.float(), dk, dv
+
+
+# ---------------------------------------------------------------------- plain PyTorch: the specification
+def _logits(w: Window, span: slice, query: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``[n, K, G, W, end]``, -inf in the future."""
+    q = query[span].unflatten(0, (w.documents, -1)).unflatten(2, (k.shape[1], -1))
+    logits = torch.einsum("nwkgd,nlkd->nkgwl", q, w.keys(k, w.end)) * scale
+    position = torch.arange(w.end, device=k.device)
+    return logits.masked_fill(position > position[w.begin :, None], float("-inf"))
+
+
+def _reference_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float) -> tuple[Tensor, Tensor]:
+    q_, k_, v_ = (x.to(_wide(q)) for x in (q, k, v))
+    query = q_.index_select(0, rows.index(q.device))
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:2], dtype=_wide(q), device=q.device)
+    for w, span in rows.spans():
+        logits = _logits(w, span, query, k_, scale)
+        found = torch.einsum("nkgwl,nlkd->nwkgd", logits.softmax(-1), w.keys(v_, w.end))
+        out[span] = found.flatten(2, 3).flatten(0, 1)
+        lse[span] = logits.logsumexp(-1).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+    return out.to(q.dtype), lse
+
+
+def _reference_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+) -> Gradients:
+    q_, k_, v_, do_, out_ = (x.to(_wide(q)) for x in (q, k, v, d_out, out))
+    query, K = q_.index_select(0, rows.index(q.device)), k.shape[1]
+    dq, dk, dv = torch.empty_like(query), torch.zeros_like(k_), torch.zeros_like(v_)
+    for w, span in rows.spans():
+        probability = _logits(w, span, query, k_, scale).softmax(-1)
+        grouped = [x[span].unflatten(0, (w.documents, -1)).unflatten(2, (K, -1)) for x in (do_, query, out_)]
+        delta = (grouped[0] * grouped[2]).sum(-1).permute(0, 2, 3, 1)[..., None]  # [n, K, G, W, 1]
+        d_logits = probability * (torch.einsum("nwkgd,nlkd->nkgwl", grouped[0], w.keys(v_, w.end)) - delta) * scale
+        dq[span] = torch.einsum("nkgwl,nlkd->nwkgd", d_logits, w.keys(k_, w.end)).flatten(2, 3).flatten(0, 1)
+        w.keys(dk, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", d_logits, grouped[1]))
+        w.keys(dv, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", probability, grouped[0]))
+    return dq, dk, dv
+
+
+CUDNN = _rectangles(_cudnn_forward, _cudnn_backward)
+CPU_FLASH = _rectangles(_cpu_forward, _cpu_backward)
+FLASH = RowKernel(_flash_forward, _flash_backward)
+REFERENCE = RowKernel(_reference_forward, _reference_backward)
