@@ -102,17 +102,3 @@ def test_a_narrow_terminal_shows_bar_counts_and_loss() -> None:
 )
 def test_other_events_are_told(record: dict[str, Any], text: str) -> None:
     assert text in describe(record, 9)
-
-
-def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    telemetry = Telemetry(tmp_path / "m.jsonl", steps=9, start_step=0, tensorboard=tmp_path / "board")
-    telemetry.record(**STEP)
-    telemetry.record("validation", step=3, mode="full", cross_entropy=2.0)
-    telemetry.close()
-    events = EventAccumulator(str(tmp_path / "board"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5)]
-    assert [(e.step, e.value) for e in events.Scalars("valid/cross_entropy/full")] == [(3, 2.0)]

@@ -53,11 +53,13 @@ def doctor(
     for key in ("platform", "python", "processor", "cores", "memory_gib", "gpu", "gpu_count", "gpu_memory_gib", "cuda"):
         table.add_row(key.replace("_", " "), str(facts[key]))
     console.print(table)
-    packages = [*facts["packages"], "matplotlib", "jinja2", "tensorboard", "zstandard"]
+    packages = [*facts["packages"], "matplotlib", "jinja2", "zstandard", "lm-eval", "fastapi", "tensorboard"]
     missing = [name for name in packages if package_version(name) is None]
     console.print("packages  " + ", ".join(f"{n} {package_version(n)}" for n in packages if n not in missing))
     if missing:
-        console.print(f"missing   {', '.join(missing)}   (pip install 'sparse-sparse-attention\\[eval,track]')")
+        console.print(
+            f"missing   {', '.join(missing)}   (pip install 'sparse-sparse-attention\\[eval,harness,serve,track]')"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = f"{heads}/{kv_heads} heads, D {head_dim}, blocks {num_blocks} x {block_size}, {str(dtype)[6:]} on {device}"

@@ -53,6 +53,7 @@ from ssa.train.streams import Stream, draw_sample_seed, draw_stream
 from ssa.train.telemetry import Telemetry, say, truncate_metrics
 from ssa.train.tensors import gather, load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from ssa.train.timing import Meter
+from ssa.train.trackers import open_trackers
 from ssa.train.validation import validate
 from ssa.train.world import autocast, check_precision, read_world, resolve_device
 
@@ -291,8 +292,8 @@ class Trainer:
         with disk_errors(self.folder.path):
             (self.folder.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         anew = not path.exists() or path.stat().st_size == 0
-        board = self.folder.path / "tensorboard" if recipe.training.tensorboard else None
-        telemetry = Telemetry(path, recipe.steps, self.step, board)
+        trackers = open_trackers(recipe.training.trackers, self.folder.path, recipe.name, self.step)
+        telemetry = Telemetry(path, recipe.steps, self.step, trackers)
         if anew:
             telemetry.start(
                 name=recipe.name,

@@ -17,6 +17,7 @@ from ssa.errors import ConfigError
 from ssa.model.configuration import METHODS, Method, Mode, SSAConfig
 from ssa.ops.dual.alignment import AlignOn, Directions, Distance
 from ssa.ops.spec import SelectionRule
+from ssa.train.trackers import Tracker
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["cosine", "constant"]
@@ -162,7 +163,7 @@ class TrainingSection:
         validate_rows: rows of the valid split in one validation.
         checkpoint_every: steps between checkpoints; the last step always has one.
         keep_checkpoints: newest checkpoints to keep.
-        tensorboard: write TensorBoard files beside metrics.jsonl.
+        trackers: send metrics also to these: tensorboard, wandb (offline unless WANDB_MODE is set), trackio.
     """
 
     steps: int | None = None
@@ -181,7 +182,7 @@ class TrainingSection:
     validate_rows: int = 32
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    tensorboard: bool = False
+    trackers: tuple[Tracker, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values (lists, no tuples), as YAML and JSON hold them."""
         values = dataclasses.asdict(self)
-        values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+        for section, key in (("optimizer", "betas"), ("training", "trackers")):
+            values[section][key] = list(values[section][key])
         return values
 
 
@@ -319,6 +321,8 @@ def _check_model(model: ModelSection) -> None:
 
 
 def _check_training(training: TrainingSection) -> None:
+    once = len(set(training.trackers)) == len(training.trackers)
+    _require(once, "training.trackers", list(training.trackers), "each tracker once")
     counts = ("steps", "tokens", "rows_per_step", "micro_batch_rows", "log_every", "validate_rows")
     _require_positive("training", training, (*counts, "checkpoint_every", "keep_checkpoints", "shard"))
     seconds = training.timeout_seconds

@@ -210,6 +210,10 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         raise ConfigError(key, _describe(value), f"one of {', '.join(map(str, get_args(kind)))}")
     if origin is tuple:
         parts = get_args(kind)
+        if parts[-1] is Ellipsis:
+            if not isinstance(value, list | tuple):
+                raise ConfigError(key, _describe(value), "a list", f"[{value}]" if isinstance(value, str) else None)
+            return tuple(_convert(v, parts[0], f"{key}[{i}]") for i, v in enumerate(value))
         if isinstance(value, list | tuple) and len(value) == len(parts):
             return tuple(_convert(v, part, f"{key}[{i}]") for i, (v, part) in enumerate(zip(value, parts, strict=True)))
         raise ConfigError(key, _describe(value), f"a list of {len(parts)} numbers")

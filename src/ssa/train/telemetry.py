@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl always, TensorBoard if asked, progress on the terminal."""
+"""What a run says while it trains: metrics.jsonl always, trackers if asked, progress on the terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from ssa.errors import MissingDependencyError
 from ssa.train.disk import disk_errors
+from ssa.train.trackers import Sink
 
 SCHEMA = "ssa.metrics/1"
 
@@ -36,16 +36,6 @@ def truncate_metrics(path: Path, step: int) -> None:
     with disk_errors(path):
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
-
-
-class Sink(Protocol):
-    """One place that records go to. A record is a flat mapping with ``event``; numbers are Python's."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Take one record."""
-
-    def close(self) -> None:
-        """No more records."""
 
 
 class MetricsFile:
@@ -70,31 +60,6 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class TensorBoard:
-    """Scalars of step and validation records, for TensorBoard."""
-
-    def __init__(self, path: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            hint = "pip install 'sparse-sparse-attention[track]'"
-            raise MissingDependencyError("training.tensorboard", "no package tensorboard", "it", hint) from None
-        self._writer: Any = SummaryWriter(str(path), purge_step=start_step + 1)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Add the record's scalars, ``train/KEY`` or ``valid/cross_entropy/MODE``."""
-        if record["event"] == "step":
-            for key, value in record.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"train/{key}", value, record["step"])
-        elif record["event"] == "validation":
-            self._writer.add_scalar(f"valid/cross_entropy/{record['mode']}", record["cross_entropy"], record["step"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
 
 
 class PlainProgress:
@@ -149,7 +114,7 @@ class TerminalProgress:
 class Telemetry:
     """Sends each record to every sink; silent without a metrics file, as on all ranks but the first."""
 
-    def __init__(self, metrics: Path | None, steps: int, start_step: int, tensorboard: Path | None = None) -> None:
+    def __init__(self, metrics: Path | None, steps: int, start_step: int, trackers: Sequence[Sink] = ()) -> None:
         self._sinks: list[Sink] = []
         self._metrics: MetricsFile | None = None
         self._progress: PlainProgress | TerminalProgress | None = None
@@ -159,9 +124,7 @@ class Telemetry:
         console = Console(stderr=True)
         plain = PlainProgress(steps, sys.stderr)
         self._progress = TerminalProgress(steps, start_step, console) if console.is_terminal else plain
-        self._sinks += [self._metrics, self._progress]
-        if tensorboard is not None:
-            self._sinks.append(TensorBoard(tensorboard, start_step))
+        self._sinks += [self._metrics, self._progress, *trackers]
 
     def record(self, event: str, **values: Any) -> None:
         """Write one record: an event with its values."""
