@@ -18,7 +18,15 @@ def run(argv: list[str]) -> int:
     def command(
         suite: Annotated[
             Literal[
-                "kernels", "full", "targets", "smoke", "training", "training-smoke", "decode", "decode-smoke", "generate"
+                "kernels",
+                "full",
+                "targets",
+                "smoke",
+                "training",
+                "training-smoke",
+                "decode",
+                "decode-smoke",
+                "generate",
             ],
             arg(
                 help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "

@@ -45,8 +45,10 @@ def open_trackers(names: Sequence[Tracker], folder: Path, run: str, start_step: 
         try:
             if name == "tensorboard":
                 found.append(TensorBoard(folder / "tensorboard", start_step))
+            elif name == "wandb":
+                found.append(WeightsAndBiases(folder, run))
             else:
-                found.append({"wandb": WeightsAndBiases, "trackio": Trackio}[name](folder, run))
+                found.append(Trackio(run))
         except ImportError as error:
             where, got = f"training.trackers: {name}", f"no package {name} ({error})"
             raise MissingDependencyError(where, got, "it installed", f"pip install {name}") from None
@@ -105,7 +107,7 @@ class WeightsAndBiases:
 class Trackio:
     """A run in the local project ``ssa``."""
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, run: str) -> None:
         import trackio
 
         self._run: Any = trackio.init(
