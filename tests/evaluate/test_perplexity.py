@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssa.evaluate.perplexity import Setting, perplexity
+from ssa.evaluate import Setting, perplexity
 
 from .test_statistics import batch, model  # noqa: F401  (fixtures)
 

@@ -13,8 +13,10 @@ from typing import Any
 from ssa.data.loader import Loader, PackedDataset
 from ssa.environment import commit, machine
 from ssa.errors import ConfigError, DataError
-from ssa.evaluate.perplexity import Setting, perplexity
+from ssa.evaluate.perplexity import perplexity
+from ssa.evaluate.running import Setting
 from ssa.evaluate.statistics import attention_statistics, selection_map
+from ssa.evaluate.suite import SuitePlan, run_suite
 from ssa.model import SSAForCausalLM
 from ssa.ops import SparseSpec
 
@@ -31,6 +33,9 @@ class Plan:
         rows: validation rows for perplexity; None takes all.
         statistics_rows: rows for the attention statistics, which cost more.
         rows_per_batch: rows at a time.
+        rule: selection rule of the sparse runs; None keeps the model's.
+        suite: what of the evaluation suite to measure; None leaves it out.
+        suite_budgets: blocks per query of the suite's sparse runs; None takes ``budgets``.
     """
 
     budgets: Sequence[int]
@@ -38,19 +43,23 @@ class Plan:
     rows: int | None = None
     statistics_rows: int = 8
     rows_per_batch: int = 8
+    rule: str | None = None
+    suite: SuitePlan | None = None
+    suite_budgets: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.budgets or min(self.budgets) < 1:
-            raise ConfigError("budgets", list(self.budgets), "block counts of at least 1")
+        for name, budgets in (("budgets", self.budgets), ("suite_budgets", self.suite_budgets)):
+            if budgets is not None and (not budgets or min(budgets) < 1):
+                raise ConfigError(name, list(budgets), "block counts of at least 1")
         for name in ("rows", "statistics_rows", "rows_per_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(name, value, "at least 1")
 
-    def settings(self, model: SSAForCausalLM) -> list[Setting]:
+    def settings(self, model: SSAForCausalLM, budgets: Sequence[int] | None = None) -> list[Setting]:
         """Full first (where the model can), then the budgets in rising order."""
         size = self.block_size or model.config.block_size
         full = [] if model.config.method == "nsa" else [Setting("full", size)]
-        return full + [Setting("sparse", size, n) for n in sorted(set(self.budgets))]
+        return full + [Setting("sparse", size, n, self.rule) for n in sorted(set(budgets or self.budgets))]
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,10 @@ def evaluate(
     facts: RunFacts | None = None,
     command: str = "",
     on_batch: Callable[[], None] = lambda: None,
+    haystack: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Perplexity of every setting, KL, attention statistics in both modes and a selection map.
+    """Perplexity of every setting, KL, attention statistics in both modes, a selection map, and the suite if planned.
 
     Args:
         model: any :class:`SSAForCausalLM`, on its device.
@@ -94,6 +105,7 @@ def evaluate(
         facts: name, seed and tokens of the training run, see :func:`run_facts`.
         command: what produced this, for the record.
         on_batch: progress callback, called ``batches * settings`` times.
+        haystack, say: see :func:`ssa.evaluate.run_suite`.
 
     Returns:
         A JSON-able object of schema ``ssa.evaluation/1`` (docs/architecture.md).
@@ -112,6 +124,8 @@ def evaluate(
         statistics = attention_statistics(model, batches(min(rows, plan.statistics_rows)), spec, mode)
         budget = {"mode": mode, "block_size": spec.block_size, "num_blocks": spec.num_blocks}
         attention.append({**budget, "layers": statistics.rows(), "mean": statistics.mean()})
+    settings = plan.settings(model, plan.suite_budgets)
+    suite = plan.suite and {"suite": run_suite(model, dataset, plan.suite, settings, haystack, say)}
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -138,6 +152,7 @@ def evaluate(
         "runs": [m.row() for m in measured],
         "attention": attention,
         "selection_map": selection_map(model, next(iter(batches(1))), spec, layer=config.num_hidden_layers // 2),
+        **(suite or {}),
     }
 
 

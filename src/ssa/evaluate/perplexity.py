@@ -8,26 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssa.documents import IGNORE_INDEX
+from ssa.evaluate.running import Setting, running
 from ssa.model import SSAForCausalLM
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How to run the model: full, or sparse with a budget."""
-
-    mode: str
-    block_size: int
-    num_blocks: int | None = None
-
-    @property
-    def receptive_field(self) -> int | None:
-        """Tokens a query may read; None for full attention."""
-        return None if self.num_blocks is None else self.block_size * self.num_blocks
 
 
 @dataclass
@@ -56,7 +42,6 @@ class Measured:
         }
 
 
-@torch.no_grad()
 def perplexity(
     model: SSAForCausalLM,
     batches: Callable[[], Iterable[Any]],
@@ -74,7 +59,6 @@ def perplexity(
         settings: what to run; full first for KL.
         on_batch: called after each batch and setting, for progress.
     """
-    model.eval()
     results = [Measured(s) for s in settings]
     for batch in batches():
         ids, layout = batch.input_ids.to(model.device), batch.layout
@@ -84,7 +68,7 @@ def perplexity(
         for result in results:
             s = result.setting
             started = time.perf_counter()
-            with model.attention_mode(s.mode, num_blocks=s.num_blocks, block_size=s.block_size):
+            with running(model, s):
                 log_p = model(ids, layout=layout).logits[counted].float().log_softmax(-1)  # [targets, vocabulary]
             result.nll += float(F.nll_loss(log_p, targets[counted], reduction="sum"))
             result.seconds += time.perf_counter() - started

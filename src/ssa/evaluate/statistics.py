@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
+from ssa.evaluate.running import Setting, precision, running
 from ssa.model import SSAForCausalLM
 from ssa.ops import SparseSpec, attention_entropy, error_bound, select_blocks
 
@@ -43,7 +44,6 @@ class AttentionStatistics:
         return {name: sum(row[name] for row in rows) / len(rows) for name in STATISTICS}
 
 
-@torch.no_grad()
 def attention_statistics(
     model: SSAForCausalLM, batches: Iterable[Any], spec: SparseSpec, mode: str
 ) -> AttentionStatistics:
@@ -57,10 +57,11 @@ def attention_statistics(
     real = torch.zeros(0)
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout) -> None:
-        q, k, v = q.float(), k.float(), v.float()
-        indices = select_blocks(q, k, spec, layout)
-        bound = error_bound(q, k, v, indices, spec.block_size, layout)
-        entropy = attention_entropy(q, k, layout)
+        with torch.autocast(q.device.type, enabled=False):
+            indices = select_blocks(q, k, spec, layout)  # as the model itself selects, in its own precision
+            q, k, v = q.float(), k.float(), v.float()
+            bound = error_bound(q, k, v, indices, spec.block_size, layout)
+            entropy = attention_entropy(q, k, layout)
         # Rounding of ||h_full - h_sparse|| is relative to the outputs, not to their difference.
         holds = bound.error <= bound.bound * (1 + 1e-4) + 1e-5 * v.norm(dim=-1).amax()
         drops = (bound.dropped_mass > 1e-4) & real[..., None]
@@ -70,8 +71,8 @@ def attention_statistics(
         queries[layer] += float(real.sum()) * q.shape[2]
         dropping[layer] += float(drops.sum())
 
-    model.eval()
-    with model.attention_mode(None if model.config.method == "nsa" else mode), model.observe_attention(observe):
+    setting = Setting(model.config.inference_mode if model.config.method == "nsa" else mode, model.config.block_size)
+    with running(model, setting), model.observe_attention(observe):
         for batch in batches:
             real = (batch.labels >= 0).to(model.device)  # padding is no query
             model(batch.input_ids.to(model.device), layout=batch.layout, logits_to_keep=1)
@@ -100,6 +101,6 @@ def selection_map(model: SSAForCausalLM, batch: Any, spec: SparseSpec, layer: in
         found["picked_share"] = [[round(x, 4) for x in row] for row in share.tolist()]
 
     model.eval()
-    with model.observe_attention(observe):
+    with precision(model), model.observe_attention(observe):
         model(batch.input_ids.to(model.device), layout=batch.layout, logits_to_keep=1)
     return {"layer": layer, "kv_head": kv_head, "block_size": spec.block_size, **found}

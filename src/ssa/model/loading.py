@@ -31,9 +31,7 @@ def load_model(
         ConfigError: not a folder, or a configuration that is not ours.
         CheckpointError: missing or unreadable weights, pickled weights, tensors that do not fit, non-finite weights.
     """
-    folder = Path(path)
-    if (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = _model_folder(Path(path))
     config = _read_config(folder)
     if not any(folder.glob("*.safetensors")):
         pickled = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
@@ -64,6 +62,15 @@ def load_model(
         if not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(f"{folder}: tensor {name}", "non-finite values", "finite weights")
     return model.to(device).eval()
+
+
+def read_config(path: str | Path) -> SSAConfig:
+    """The configuration in a model folder or run folder, without its weights; errors as :func:`load_model`."""
+    return _read_config(_model_folder(Path(path)))
+
+
+def _model_folder(path: Path) -> Path:
+    return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
 def _read_config(folder: Path) -> SSAConfig:
