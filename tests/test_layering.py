@@ -37,7 +37,11 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": {"model", "data", "ops", "documents", "environment", *BASE},
     "report": {"errors"},
     "serve": {"model", "data", *BASE},
-    "cli": {"train", "evaluate", "report", "serve", "model", "data", "ops", "bench", "documents", "environment", *BASE},
+    "reproduce": {"train", "evaluate", "model", "data", *BASE},
+    "cli": {
+        *("reproduce", "train", "evaluate", "report", "serve", "bench"),
+        *("model", "data", "ops", "documents", "environment", *BASE),
+    },
 }
 
 # third-party package -> patterns of the files that may import it (others are free)

@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from ssa._version import __version__
 from ssa.errors import SSAError
 
-ORDER = ("quickstart", "prepare", "train", "eval", "generate", "serve", "report", "bench", "doctor")
+ORDER = ("quickstart", "prepare", "train", "eval", "generate", "serve", "report", "reproduce", "bench", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,6 +71,7 @@ SUMMARIES = {
     "generate": "continue a prompt with a checkpoint",
     "serve": "a model over HTTP with OpenAI's interface, in one mode at one budget",
     "report": "one HTML page and figures from result files",
+    "reproduce": "the paper's experiments with seeds and ablations, and a verdict for each of its claims",
     "bench": "speed of the attention operations against the best full attention, correctness first",
     "doctor": "what this machine has, and which backend serves which operation",
 }

@@ -1,0 +1,142 @@
+"""The whole study: workers on every GPU, what they have done so far, and what a call may expect to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ssa.data.loader import PackedDataset
+from ssa.data.lock import folder_lock
+from ssa.errors import ConfigError
+from ssa.reproduce.piece import Result, read_result
+from ssa.reproduce.plan import SCALES
+from ssa.reproduce.worker import CLAIMS, PIECES, Job, work
+
+JOB, LOGS = "job.json", "logs"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Study:
+    """A call of ``ssa reproduce``.
+
+    Attributes:
+        job: what to do.
+        gpus: GPUs to use; 0: the CPU.
+        workers_per_gpu: processes on each.
+    """
+
+    job: Job
+    gpus: int
+    workers_per_gpu: int = 1
+
+    def __post_init__(self) -> None:
+        if self.job.scale not in SCALES:
+            raise ConfigError("scale", repr(self.job.scale), f"one of {', '.join(SCALES)}")
+        available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not 0 <= self.gpus <= available:
+            raise ConfigError("gpus", self.gpus, f"0 (the CPU) to {available}, the GPUs of this machine")
+        if self.workers_per_gpu < 1:
+            raise ConfigError("workers_per_gpu", self.workers_per_gpu, "at least 1")
+        PackedDataset(self.job.data, "valid")  # refuses what is no prepared data before anything starts
+
+    @property
+    def devices(self) -> list[str]:
+        """The device of each worker."""
+        if not self.gpus:
+            return ["cpu"]
+        return [f"cuda:{n % self.gpus}" for n in range(self.gpus * self.workers_per_gpu)]
+
+    def estimate(self) -> tuple[int, float]:
+        """Pieces still to do, and expected seconds: as the finished ones took, else the scale's own estimate."""
+        results = {f"{r.variant}-seed{r.seed}": r for r in self.job.results() if r.is_done}
+        todo = [piece for piece in self.job.pieces() if piece.name not in results]
+        took = [r.train_seconds + r.evaluate_seconds for r in results.values()]
+        each = sum(took) / len(took) if took else SCALES[self.job.scale].seconds
+        return len(todo), each * len(todo) / len(self.devices)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A piece that has just been done, and how many are."""
+
+    result: Result
+    done: int
+    total: int
+
+
+def run_study(study: Study, on_piece: Callable[[Progress], None] = lambda progress: None) -> list[Result]:
+    """Do what is not done yet; returns all results there are.
+
+    Claims that are found belong to processes that are gone, because the folder is locked; they are removed.
+    """
+    out = Path(study.job.out)
+    for name in (PIECES, LOGS):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(folder_lock(out))
+        shutil.rmtree(out / CLAIMS, ignore_errors=True)
+        (out / CLAIMS).mkdir()
+        study.job.write(out / JOB)
+        watch = _Watch(study.job, on_piece)
+        if len(study.devices) == 1:
+            work(study.job, study.devices[0], watch.look)
+        else:
+            _run_workers(study, out, watch)
+        watch.look()
+    return study.job.results()
+
+
+class _Watch:
+    """Tells of each piece that is done since the start."""
+
+    def __init__(self, job: Job, on_piece: Callable[[Progress], None]) -> None:
+        self.job, self.on_piece, self.pieces = job, on_piece, job.pieces()
+        self.before = {piece.name for piece in self.pieces if self._is_done(read_result(job.folder(piece)))}
+        self.told: set[str] = set()
+
+    @staticmethod
+    def _is_done(result: Result | None) -> bool:
+        return result is not None and result.is_done
+
+    def look(self) -> None:
+        claims = Path(self.job.out) / CLAIMS
+        for piece in self.pieces:
+            if piece.name in self.told or not (claims / piece.name).exists():
+                continue
+            started = (claims / piece.name).stat().st_mtime
+            file = self.job.folder(piece) / "piece.json"
+            result = read_result(self.job.folder(piece))
+            if result is None or file.stat().st_mtime < started:
+                continue  # still at work; what is there is an earlier failure
+            self.told.add(piece.name)
+            self.on_piece(Progress(result, len(self.before | self.told), len(self.pieces)))
+
+
+def _run_workers(study: Study, out: Path, watch: _Watch) -> None:
+    with ExitStack() as stack:
+        processes = []
+        for number, device in enumerate(study.devices):
+            log = stack.enter_context((out / LOGS / f"worker-{number}.log").open("w"))
+            command = [sys.executable, "-m", "ssa.reproduce.worker", str(out / JOB), device]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            while any(process.poll() is None for process in processes):
+                time.sleep(POLL_SECONDS)
+                watch.look()
+        except BaseException:
+            for process in processes:
+                process.terminate()
+            raise
+    if broken := [number for number, process in enumerate(processes) if process.returncode]:
+        logs = ", ".join(str(out / LOGS / f"worker-{number}.log") for number in broken)
+        if len(broken) == len(processes):
+            raise ConfigError("ssa reproduce", "workers that ended with an error", "running ones", f"reading {logs}")

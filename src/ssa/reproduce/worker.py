@@ -1,0 +1,110 @@
+"""A process that takes piece after piece: the next one that no other process has claimed, while there is time.
+
+Started as ``python -m ssa.reproduce.worker JOB.json DEVICE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ssa.reproduce.piece import Result, read_result, run_piece
+from ssa.reproduce.plan import SCALES, Piece, pieces
+
+PIECES, CLAIMS = "pieces", "claims"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a call share.
+
+    Attributes:
+        scale: name of the scale; data: prepared data; out: folder of the study.
+        seeds, only: see :func:`ssa.reproduce.pieces`.
+        deadline: seconds since the epoch after which no piece should run; None: none.
+    """
+
+    scale: str
+    data: str
+    out: str
+    seeds: tuple[int, ...] | None = None
+    only: tuple[str, ...] = ()
+    deadline: float | None = None
+
+    def pieces(self) -> list[Piece]:
+        """The pieces in order of importance."""
+        return pieces(SCALES[self.scale], self.seeds, self.only)
+
+    def folder(self, piece: Piece) -> Path:
+        """Where a piece's results are."""
+        return Path(self.out) / PIECES / piece.name
+
+    def results(self) -> list[Result]:
+        """Results that there are."""
+        return [found for piece in self.pieces() if (found := read_result(self.folder(piece)))]
+
+    def write(self, path: Path) -> None:
+        """Write it for the workers."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read what :meth:`write` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["seeds"] = values["seeds"] and tuple(values["seeds"])
+        return cls(**{**values, "only": tuple(values["only"])})
+
+
+def claim(job: Job, piece: Piece) -> bool:
+    """Take a piece, or learn that it is taken or done. Creating a file that must not exist is atomic."""
+    found = read_result(job.folder(piece))
+    if found is not None and found.is_done:
+        return False
+    try:
+        handle = os.open(Path(job.out) / CLAIMS / piece.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    os.write(handle, f"{os.getpid()}\n".encode())
+    os.close(handle)
+    return True
+
+
+def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) -> None:
+    """Do pieces until none is left, or none would be finished by the deadline."""
+    longest, scale = 0.0, SCALES[job.scale]
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # kernels are launched on the current device
+    for piece in job.pieces():
+        expected = longest or scale.seconds
+        if job.deadline is not None and time.time() + expected > job.deadline:
+            print(f"no time for {piece.name}: {expected:.0f} s expected", flush=True)
+            return
+        if not claim(job, piece):
+            continue
+        began = time.perf_counter()
+        result = run_piece(piece, scale, Path(job.data), job.folder(piece), device)
+        seconds = time.perf_counter() - began
+        if result.is_done:
+            longest = max(longest, seconds)
+        print(f"{piece.name}: {result.status} after {seconds:.1f} s {result.message or ''}", flush=True)
+        on_result()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of the process."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    work(Job.read(Path(argv[0])), argv[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
