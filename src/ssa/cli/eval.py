@@ -122,8 +122,8 @@ def _suite(
     return SuitePlan(
         lengths,
         scalings,
-        stride,
-        document_tokens,
+        stride=stride,
+        document_tokens=document_tokens,
         needle_forms=FORMS if samples else (),
         needle_samples=max(samples, 1),
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REPORT_SECONDS = 20.0  # set aside of --seconds for writing the report
 
@@ -54,7 +57,7 @@ def reproduce(
 
 
 def _run(
-    console,  # type: ignore[no-untyped-def]
+    console: Console,
     scale: str,
     data: Path,
     out: Path,

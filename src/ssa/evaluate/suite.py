@@ -109,7 +109,7 @@ def run_suite(
             found["attention"] += _attention(model, documents, plan, length, scaling)
     if plan.word_documents:
         say("word perplexity")
-        words = sum(len(re.split(r"\s+", tokenizer.decode(d, skip_special_tokens=True))) for d in documents)
+        words = sum(len(re.split(r"\s+", _text(tokenizer, d))) for d in documents)
         found["words"] = [word_perplexity(model, documents, words, s, trained) for s in settings]
     if any(len(d) >= trained for d in documents):
         say("selection")
@@ -165,4 +165,8 @@ def _tasks(plan: SuitePlan, text: str, tokenizer: Any, length: int) -> dict[int,
 
 
 def _decoded(tokenizer: Any, documents: Sequence[Tensor]) -> str:
-    return "\n\n".join(tokenizer.decode(d, skip_special_tokens=True) for d in documents)
+    return "\n\n".join(_text(tokenizer, d) for d in documents)
+
+
+def _text(tokenizer: Any, document: Tensor) -> str:
+    return str(tokenizer.decode(document, skip_special_tokens=True))

@@ -24,7 +24,7 @@ def build_report(paths: Sequence[Path], out: Path, figures: Path | None = None) 
 
 def write_report(runs: Sequence[Run], out: Path, figures: Path | None = None) -> Path:
     """As :func:`build_report`, for runs that are already read."""
-    _require("matplotlib", "jinja2")
+    require("matplotlib", "jinja2")
     from ssa.report.page import render_page
     from ssa.report.plots import all_figures
 
@@ -35,12 +35,12 @@ def write_report(runs: Sequence[Run], out: Path, figures: Path | None = None) ->
     page = render_page(groups, drawn)
     if figures:
         for figure in drawn:
-            _write(figures / f"{figure.name}.png", figure.png)
-    _write(out, page.encode("utf-8"))
+            write_file(figures / f"{figure.name}.png", figure.png)
+    write_file(out, page.encode("utf-8"))
     return out
 
 
-def _require(*modules: str) -> None:
+def require(*modules: str) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
@@ -50,7 +50,7 @@ def _require(*modules: str) -> None:
             raise MissingDependencyError("report", f"no module {module!r}", " and ".join(modules), EXTRA) from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Replace ``path`` at once: a reader sees the old file or the new one, never a part."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,12 @@ class Fields:
         """A measurement; NaN where the key is missing or null."""
         return _number(self._value.get(key), f"{self.where}: {key}")
 
+    def numbers(self, key: str) -> dict[str, float]:
+        """An object of measurements by name; empty where the key is missing or null."""
+        if key not in self:
+            return {}
+        return {k: _number(v, f"{self.where}: {key}.{k}") for k, v in self.child(key)._value.items()}
+
     def matrix(self, key: str) -> tuple[tuple[float, ...], ...]:
         """A square matrix of measurements."""
         rows = self._value.get(key)

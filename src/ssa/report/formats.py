@@ -41,6 +41,11 @@ def signed_percent(value: float) -> str:
     return f"{value:+.1f} %".replace("-", "−") if math.isfinite(value) else MISSING
 
 
+def percent(value: float) -> str:
+    """A share of cases as whole percent."""
+    return f"{100 * value:.0f} %" if math.isfinite(value) else MISSING
+
+
 def percent_met(value: float) -> str:
     """A share of cases that meet a promise. Rounded down, so that "100 %" means every one."""
     if not math.isfinite(value):

@@ -51,3 +51,70 @@ def bound_share(evaluation: Evaluation) -> float:
     shares = [run.mean.bound_share for run in evaluation.attention]
     known = [value for value in shares if not math.isnan(value)]
     return min(known, default=math.nan)
+
+
+def full_perplexity(evaluation: Evaluation) -> float:
+    """Perplexity under full inference."""
+    return evaluation.perplexity(None)
+
+
+def native_perplexity(evaluation: Evaluation) -> float:
+    """Perplexity of sparse inference at the training budget."""
+    return evaluation.perplexity(evaluation.training_budget) if evaluation.training_budget else math.nan
+
+
+def needle(wanted: Callable[[int], bool], scaling: str, mode: str = "full") -> Measure:
+    """Share of needle tasks whose right answer is the likeliest candidate, at the lengths wanted, mean over forms."""
+
+    def measure(evaluation: Evaluation) -> float:
+        found = [
+            x.likelihood
+            for x in evaluation.suite.needle
+            if x.mode == mode and x.scaling == scaling and wanted(x.length)
+        ]
+        return math.fsum(found) / len(found) if found else math.nan
+
+    return measure
+
+
+def sliding(length: int, scaling: str, mode: str = "full") -> Measure:
+    """Sliding-window perplexity at a context length."""
+
+    def measure(evaluation: Evaluation) -> float:
+        found = (
+            x.perplexity for x in evaluation.suite.sliding if (x.mode, x.length, x.scaling) == (mode, length, scaling)
+        )
+        return next(found, math.nan)
+
+    return measure
+
+
+def rise(trained: int, longest: int, scaling: str) -> Measure:
+    """How much sliding-window perplexity rises from the trained length to a longer one, in percent."""
+    return lambda e: 100 * (sliding(longest, scaling)(e) / sliding(trained, "none")(e) - 1)
+
+
+def sparsity_at(length: int, mode: str = "full") -> Measure:
+    """AttnSparsity at a context length, RoPE as trained."""
+
+    def measure(evaluation: Evaluation) -> float:
+        found = (
+            x.attention_sparsity
+            for x in evaluation.suite.attention
+            if (x.mode, x.length, x.scaling) == (mode, length, "none")
+        )
+        return next(found, math.nan)
+
+    return measure
+
+
+def sparsity_loss(shortest: int, longest: int) -> Measure:
+    """How much AttnSparsity falls from a short context to a long one."""
+    return lambda e: sparsity_at(shortest)(e) - sparsity_at(longest)(e)
+
+
+def rule_percent(evaluation: Evaluation) -> float:
+    """How much higher perplexity is when the same weights select by the published code's merge, in percent."""
+    rules = dict(evaluation.suite.rules)
+    exact, official = rules.get("exact", math.nan), rules.get("official", math.nan)
+    return 100 * (official / exact - 1) if exact else math.nan

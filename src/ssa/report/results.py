@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssa.errors import DataError
 from ssa.report.fields import Fields, parse_json, read_text
+from ssa.report.suite import Suite, read_suite
 
 EVALUATION_SCHEMA = "ssa.evaluation"
 METRICS_SCHEMA = "ssa.metrics"
@@ -112,6 +113,7 @@ class Evaluation:
     runs: tuple[ModeRun, ...]
     attention: tuple[AttentionRun, ...]
     selection_map: SelectionMap | None
+    suite: Suite = field(default_factory=Suite)
 
     @property
     def training_budget(self) -> Budget | None:
@@ -181,6 +183,7 @@ def parse_evaluation(document: object, source: str) -> Evaluation:
         runs=tuple(_mode_run(item) for item in fields.children("runs")),
         attention=tuple(_attention_run(item) for item in fields.children("attention")),
         selection_map=_selection_map(fields.child("selection_map")) if "selection_map" in fields else None,
+        suite=read_suite(fields.child("suite")) if "suite" in fields else Suite(),
     )
 
 

@@ -1,0 +1,118 @@
+"""A tiny study from text to report: pieces are claimed once, kept, not done again; failures are told apart."""
+
+import json
+import random
+import re
+import time
+
+import pytest
+
+from ssa.cli import main
+from ssa.data import prepare
+from ssa.errors import ConfigError, DataError, NumericError
+from ssa.report import read_study
+from ssa.reproduce import Study, run_study
+from ssa.reproduce import piece as piece_module
+from ssa.reproduce.piece import read_result, run_piece
+from ssa.reproduce.plan import SCALES
+from ssa.reproduce.worker import Job, claim, work
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root, draw = tmp_path_factory.mktemp("study"), random.Random(0)
+    words = re.findall(r"\w+", "the river of stone house walked spoke under light garden never letter window woman")
+    for number in range(3):
+        lines = (" ".join(draw.choices(words, k=draw.randrange(5, 14))).capitalize() + ". " for _ in range(400))
+        (root / f"book{number}.txt").write_text("".join(lines))
+    sources = [str(root / f"book{number}.txt") for number in range(3)]
+    prepare(sources[:1], root / "data", valid_sources=sources[1:], row_length=256, vocab_size=300)
+    return root / "data"
+
+
+def job(data, out, **more):
+    made = Job("tiny", str(data), str(out), (0,), ("ssa", "full"), **more)
+    for name in ("claims", "pieces"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def test_from_the_command_line_to_the_report_and_no_piece_twice(data, tmp_path, capsys):
+    out, claims = tmp_path / "study", tmp_path / "claims.md"
+    argv = ["reproduce", "--scale", "tiny", "--data", str(data), "--out", str(out), "--gpus", "0"]
+    argv += ["--seeds", "0", "--only", "ssa", "full", "commitment-only"]
+    assert main(argv) == 0
+    assert "3 pieces to do on 1 workers" in capsys.readouterr().out
+    kept = {path.name for path in (out / "pieces" / "ssa-seed0").iterdir()}
+    assert {"piece.json", "evaluation.json", "metrics.jsonl", "recipe.yaml", "model"} <= kept
+    assert "checkpoints" not in kept
+    assert not (out / "pieces" / "commitment-only-seed0" / "model").exists()
+    suite = json.loads((out / "pieces" / "ssa-seed0" / "evaluation.json").read_text())["suite"]
+    assert {x["length"] for x in suite["sliding"]} == {256, 512}
+    page = (out / "report.html").read_text()
+    assert "The paper’s claims" in page
+    assert page.count("<img") >= 5
+    before = {path: path.stat().st_mtime_ns for path in out.glob("pieces/*/piece.json")}
+    assert main([*argv, "--claims", str(claims)]) == 0
+    assert "0 pieces to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "not resolved at this scale" in claims.read_text()  # one seed resolves nothing
+    assert main(["reproduce", "--report", "--out", str(out)]) == 0
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_pieces(data, tmp_path):
+    class TwoWorkers(Study):
+        devices = property(lambda self: ["cpu", "cpu"])
+
+    told = []
+    results = run_study(TwoWorkers(job(data, tmp_path), 0), told.append)
+    assert sorted(r.variant for r in results) == ["full", "ssa"]
+    assert [progress.done for progress in told] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "claims").iterdir()) == ["full-seed0", "ssa-seed0"]
+
+
+def test_a_piece_is_claimed_once_and_a_failed_one_again(data, tmp_path, monkeypatch):
+    given = job(data, tmp_path)
+    ssa = given.pieces()[0]
+    assert claim(given, ssa)
+    assert not claim(given, ssa)
+
+    def fail(*args):
+        raise DataError("rows", "none", "some")
+
+    monkeypatch.setattr(piece_module, "_train", fail)
+    result = run_piece(ssa, SCALES["tiny"], data, given.folder(ssa), "cpu")
+    assert (result.status, result.message) == ("failed", "rows: got none; expected some")
+    (tmp_path / "claims" / ssa.name).unlink()  # as the next call does
+    assert claim(given, ssa)
+
+
+def test_divergence_is_a_result(data, tmp_path, monkeypatch):
+    def diverge(*args):
+        raise NumericError("step 7", "a non-finite loss", "finite numbers")
+
+    monkeypatch.setattr(piece_module, "_train", diverge)
+    given = job(data, tmp_path)
+    work(given, "cpu")
+    assert {r.status for r in given.results()} == {"diverged"}
+    assert Study(given, 0).estimate()[0] == 0
+    assert read_study(tmp_path).of("ssa")[0].run is None
+
+
+def test_nothing_is_started_that_would_end_too_late(data, tmp_path):
+    given = job(data, tmp_path, deadline=time.time() + 1)
+    work(given, "cpu")
+    assert given.results() == []
+    assert read_result(given.folder(given.pieces()[0])) is None
+    given.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == given
+
+
+def test_bad_calls_are_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="gpus"):
+        Study(job(data, tmp_path), 99)
+    with pytest.raises(ConfigError, match="manifest"):
+        Study(job(tmp_path / "nothing", tmp_path), 0)
+    assert main(["reproduce", "--out", str(tmp_path)]) == 2
+    assert main(["reproduce", "--report", "--out", str(tmp_path / "nowhere")]) == 2
