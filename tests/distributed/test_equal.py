@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,19 @@ def test_an_untouched_checkpoint_comes_back_from_four_ranks_to_the_bit(data: Pat
     before, after = (load_file(run / "model" / "model.safetensors") for run in (one, four))
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_compiled_layers_train_alike_when_their_weights_are_spread(data: Path, tmp_path: Path) -> None:
+    """The compiler's own backend is left out: what is proven is that its graphs take sharded, recomputed layers."""
+    recipe = RECIPE | {"training__steps": 4, "training__checkpoint_every": 4, "training__validate_every": 0}
+
+    def without_code_generation(rank: int) -> None:
+        torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+
+    losses = []
+    for size, changes in ((1, {}), (2, {"training__compile": True, "training__activation_checkpointing": True})):
+        run = tmp_path / f"run-{size}"
+        codes = train_on(size, data, run, prepare=without_code_generation, **recipe, **changes)
+        assert codes == [0] * size, run.with_name(f"{run.name}.log").read_text()
+        losses.append([record["loss"] for record in results(run) if record["event"] == "step"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

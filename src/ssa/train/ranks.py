@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ssa.train.world import World
 GRACE_SECONDS = 3.0  # for a failing rank to say why, and for the others to say that they are alive
 PATIENCE = timedelta(hours=2)  # while rank 0 saves, verifies or exports
 _FAILURE = "failure"
+_opened = count()  # runs of this process; every process of a job makes the same ones
 _BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
@@ -194,7 +196,7 @@ def open_ranks(world: World, device: torch.device, timeout: float) -> Iterator[R
     limit = timedelta(seconds=timeout)
     try:
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
-        store = dist.PrefixStore("ssa", store)
+        store = dist.PrefixStore(f"ssa/{next(_opened)}", store)  # a launcher's store keeps the last run's keys
         gpu = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
