@@ -158,8 +158,8 @@ def _activation_bytes(config: SSAConfig, low: int, recomputes: bool) -> float:
     # Residual stream and norms in float32, and each product's input in low precision.
     stream = (16 + 6 * low) * parts.hidden
     attention = low * (3 * parts.queries + 2 * parts.keys) + 4 * config.num_attention_heads
-    if config.alignment_weight:  # the counterpart's output, both gated outputs, and both in float32 to compare them
-        attention += (3 * low + 8) * parts.queries
+    if config.alignment_weight:  # the counterpart's output, and the main stream's after the gate
+        attention += 2 * low * parts.queries
     if config.method == "nsa":
         attention += 2 * low * parts.queries
     inner = 4 * low * parts.inner
