@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
     "documents": {"errors"},
-    "__init__": {"documents", "model", *BASE},  # the names of `import ssa`, loaded on first use
+    "__init__": {"documents", "generation", "model", *BASE},  # the names of `import ssa`, loaded on first use
     "__main__": {"cli"},
     "environment": BASE,
     "ops": {"documents", "errors"},
@@ -38,8 +38,9 @@ ARROWS: dict[str, set[str]] = {
     "report": {"errors"},
     "serve": {"model", "data", *BASE},
     "reproduce": {"train", "evaluate", "model", "data", *BASE},
+    "generation": {"model", "data", "environment", *BASE},
     "cli": {
-        *("reproduce", "train", "evaluate", "report", "serve", "bench"),
+        *("reproduce", "train", "evaluate", "report", "serve", "generation", "bench"),
         *("model", "data", "ops", "documents", "environment", *BASE),
     },
 }
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
 # third-party package -> patterns of the files that may import it (others are free)
 HOMES: dict[str, str] = {
     "triton": r"ops/(.+/)?triton[^/]*\.py|environment\.py|cli/doctor\.py",
-    "transformers": r"(model|data|train|evaluate|cli)/.+|serve\.py",
+    "transformers": r"(model|data|train|evaluate|cli)/.+|(serve|generation)\.py",
     "datasets": r"(data|cli)/.+",
     "matplotlib": r"report/.+|bench/plot\.py",
     "jinja2": r"report/.+",

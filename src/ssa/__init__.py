@@ -12,14 +12,16 @@ from ssa.errors import SSAError
 
 if TYPE_CHECKING:
     from ssa.documents import DocumentLayout
+    from ssa.generation import generate
     from ssa.model import SSAConfig, SSAForCausalLM, load_model
 
-__all__ = ["DocumentLayout", "SSAConfig", "SSAError", "SSAForCausalLM", "__version__", "load_model"]
+__all__ = ["DocumentLayout", "SSAConfig", "SSAError", "SSAForCausalLM", "__version__", "generate", "load_model"]
 
 _HOMES = {  # imported on first use, so that `ssa --help` needs no torch and `ssa.ops` no transformers
     "DocumentLayout": "ssa.documents",
     "SSAConfig": "ssa.model",
     "SSAForCausalLM": "ssa.model",
+    "generate": "ssa.generation",
     "load_model": "ssa.model",
 }
 

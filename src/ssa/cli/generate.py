@@ -21,62 +21,50 @@ def generate(
     prompt_file: Annotated[Path | None, arg(help="read the prompt from a file")] = None,
     mode: Annotated[Literal["full", "sparse"] | None, arg(help="attention; default the model's inference mode")] = None,
     num_blocks: Annotated[int | None, arg(help="blocks per query of the sparse mode; default the model's")] = None,
-    max_new_tokens: Annotated[int, arg(help="how many tokens to add")] = 100,
+    max_new_tokens: Annotated[int, arg(help="how many tokens to add at most")] = 100,
     temperature: Annotated[float, arg(help="0 takes the most probable token each time")] = 0.0,
     top_p: Annotated[float, arg(help="nucleus of the sampling")] = 0.95,
     seed: Annotated[int, arg(help="seed of the sampling")] = 0,
+    stop: Annotated[tuple[str, ...], arg(help="end after one of these texts")] = (),
+    prefill_chunk_size: Annotated[int | None, arg(help="read the prompt in chunks of so many tokens")] = None,
+    report_mass: Annotated[bool, arg(help="measure the attention mass that sparse decoding drops (slower)")] = False,
     device: Annotated[str, arg(help="auto, cpu, cuda")] = "auto",
 ) -> int:
     """Continue a prompt with the model of a run folder or model folder. Text streams to standard output.
 
-    Every step reads the whole sequence again: there is no key-value cache yet.
+    Tokens per second of prompt and continuation, mode and budget go to standard error at the end.
     """
-    import time
-
-    import torch
-    from transformers import TextStreamer
-
-    from ssa.data.tokenizer import load_tokenizer
-    from ssa.environment import default_device
-    from ssa.errors import ConfigError
-    from ssa.model import load_model
-
-    if max_new_tokens < 1:
-        raise ConfigError("--max-new-tokens", max_new_tokens, "at least 1")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise ConfigError("--temperature, --top-p", f"{temperature}, {top_p}", "temperature >= 0 and 0 < top_p <= 1")
     text = _read_prompt(prompt, prompt_file)
-    where = default_device(device)
-    network = load_model(model, device=where)
-    tokenizer = load_tokenizer(str(model / "model" if (model / "model").is_dir() else model))
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([[*bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]], device=where)
-    limit = network.config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > limit:
-        raise ConfigError(
-            "--max-new-tokens",
-            f"{ids.shape[1]} prompt + {max_new_tokens} new tokens",
-            f"at most {limit} in all",
-            "fewer",
-        )
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    print(text, end="", flush=True)
-    started = time.perf_counter()
-    with torch.no_grad(), network.attention_mode(mode, num_blocks=num_blocks):
-        out = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            use_cache=False,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-        config = network.config
-        used = config.inference_mode if config.inference_mode == "full" else f"sparse, {config.num_blocks} blocks"
-    seconds, new = time.perf_counter() - started, out.shape[1] - ids.shape[1]
-    print(f"[{new} tokens, {new / seconds:.1f} tokens/s, {used}, {where}]", file=sys.stderr)
+
+    from ssa.generation import generate as continue_text
+
+    done = continue_text(
+        model,
+        text,
+        mode=mode,
+        num_blocks=num_blocks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=list(stop) or None,
+        prefill_chunk_size=prefill_chunk_size,
+        report_mass=report_mass,
+        device=device,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )
+    print()
+    speed = "" if done.decode_speed is None else f", {done.decode_speed:.1f} tokens/s"
+    parts = [
+        f"prompt {done.prompt_tokens} tokens, {done.prefill_speed:.0f} tokens/s",
+        f"{done.new_tokens} new tokens{speed}",
+        done.attention,
+    ]
+    if done.dropped_mass is not None:
+        parts.append(f"mean dropped mass {done.dropped_mass:.3f}")
+    elif report_mass:
+        parts.append("no dropped mass: no sparse step was decoded")
+    print(f"[{'; '.join(parts)}]", file=sys.stderr)
     return 0
 
 

@@ -68,6 +68,8 @@ def set_attention(
     changes = {name: value for name, value in wanted.items() if value is not None}
     if not isinstance(model.config, SSAConfig):
         return configure(model, **changes, **({} if mode is None else {"mode": mode}))
+    if num_blocks is not None:
+        model.config.budgets = None  # an explicit budget holds for every layer
     for key, value in {**changes, **({} if mode is None else {"inference_mode": mode})}.items():
         setattr(model.config, key, value)
     model.config.check()
@@ -78,7 +80,7 @@ def attention_in_words(model: PreTrainedModel) -> str:
     """``"full attention"`` or ``"sparse attention, 16 blocks of 16 tokens"``."""
     config: Any = model.config
     if isinstance(config, SSAConfig):
-        mode, blocks, size = config.inference_mode, config.num_blocks, config.block_size
+        mode, blocks, size = config.inference_mode, config.budgets or config.num_blocks, config.block_size
     else:
         text = config.get_text_config()
         mode, blocks, size = text.ssa_mode, text.ssa_num_blocks, text.ssa_block_size
