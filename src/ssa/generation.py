@@ -104,7 +104,7 @@ def generate(
     if stop:
         given |= {"stop_strings": stop, "tokenizer": tokenizer}
     with torch.no_grad():
-        out: Tensor = network.generate(  # type: ignore[attr-defined]
+        out: Tensor = network.generate(  # type: ignore[operator]  # mypy takes it for a submodule or tensor
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
