@@ -22,6 +22,8 @@ def run(argv: list[str]) -> int:
                 "full",
                 "targets",
                 "smoke",
+                "layer",
+                "layer-smoke",
                 "training",
                 "training-smoke",
                 "decode",
@@ -30,8 +32,9 @@ def run(argv: list[str]) -> int:
             ],
             arg(
                 help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "
-                "record; training: whole steps of the 1B model; decode: one layer's step of decoding at 128K; "
-                "generate: decoding and prefill of whole models; training-smoke, decode-smoke: tiny, on a CPU too"
+                "record; layer: one layer's attention in a training step; training: whole steps of the 1B model; "
+                "decode: one layer's step of decoding at 128K; generate: decoding and prefill of whole models; "
+                "layer-smoke, training-smoke, decode-smoke: tiny, on a CPU too"
             ),
         ] = "smoke",
         out: Annotated[Path, arg(help="folder of bench-SUITE.json and .png; its targets.json is updated")] = Path(
@@ -48,7 +51,7 @@ def run(argv: list[str]) -> int:
         # results are published: the output folder by its name, without the path of somebody's machine
         shown = [out.name if Path(argument) == out else argument for argument in argv]
         line = shlex.join(["ssa", "bench", *shown])
-        if suite.startswith(("training", "decode")):
+        if suite.startswith(("layer", "training", "decode")):
             return bench_whole(suite, out, device, line)
         return bench(suite, out, peer, device, budget, line)
 
@@ -86,7 +89,7 @@ def bench(suite: str, out: Path, peers: tuple[str, ...], device: str, budget: fl
 
 
 def bench_whole(suite: str, out: Path, device: str, command: str) -> int:
-    """A suite with records of its own: training steps, decoding. Exit code 1 if a check fails or nothing is left."""
+    """A suite with records of its own: layer, training, decode. Exit code 1 if a check fails or nothing is left."""
     from importlib import import_module
 
     from rich.console import Console
@@ -96,7 +99,7 @@ def bench_whole(suite: str, out: Path, device: str, command: str) -> int:
     from ssa.environment import default_device
 
     family = suite.removesuffix("-smoke")
-    module = import_module("ssa.bench.decode") if family == "decode" else import_module("ssa.bench.training")
+    module = import_module(f"ssa.bench.{family}")
     console = Console(width=160)
     say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
     result = module.run(suite, command, default_device(device), say)

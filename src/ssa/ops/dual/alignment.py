@@ -30,7 +30,7 @@ class AlignmentSpec:
         directions: ``"both"``, or one of ``"sparsity"`` (full towards sparse) and ``"commitment"`` (sparse towards
             full). One direction alone is an ablation; the paper reports that it diverges.
         query_fraction: f = 1/n. In sparse steps the full counterpart is computed for a random share f of the query
-            rows, and the alignment is an unbiased estimate (docs/training.md). Full steps are always exact.
+            rows, and the alignment is an unbiased estimate (docs/alignment.md). Full steps are always exact.
     """
 
     weight: float = 10.0
