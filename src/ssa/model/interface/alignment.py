@@ -56,7 +56,7 @@ def attach(module: nn.Module, out: Tensor, alignment: Alignment, scale: float, l
 def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that call an attention function, in layer order."""
     for module in model.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
             yield module
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssa.errors import InputError
 from ssa.model.interface.alignment import STREAM, StepStream, attach, check_stream
-from ssa.model.interface.places import Memo, cache_rows, documents
+from ssa.model.interface.places import CacheRows, Memo, cache_rows, documents
 from ssa.model.interface.settings import Settings, settings_of
 from ssa.ops import full_attention, select_blocks, sparse_attention, ssa_attention
 from ssa.ops.decode import decode_attention, full_decode_attention, update_pooled
@@ -77,10 +77,9 @@ def attention(
     B, Q, C = q.shape[0], q.shape[1], k.shape[1]
     if Q < C:
         key_ = (B, Q, C, k.device)
-        rows = _cache_rows.get((attention_mask,), key_, lambda: cache_rows(*key_[:3], attention_mask, k.device))
-        first_pass = attention_mask is not None and Q > 1 and int(rows[0].max()) == Q
-        if not first_pass:
-            return _with_past(q, k, v, *rows, settings, scaling), None
+        past = _cache_rows.get((attention_mask,), key_, lambda: cache_rows(*key_[:3], attention_mask, k.device))
+        if not past.is_empty:
+            return _with_past(q, k, v, past, settings, scaling), None
         k, v = k[:, :Q], v[:, :Q]  # a static cache hands out its unused rows too
     mask = None if attention_mask is None else attention_mask[:, :Q]
     layout = _documents.get(
@@ -102,14 +101,13 @@ def attention(
     return sparse_attention(q, k, v, indices, spec.block_size, layout, scale=scaling), None
 
 
-def _with_past(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, settings: Settings, scale: float | None
-) -> Tensor:
+def _with_past(q: Tensor, k: Tensor, v: Tensor, past: CacheRows, settings: Settings, scale: float | None) -> Tensor:
     """New tokens against a cache of transformers, which holds no block means: they are computed anew."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise InputError(
             WHERE, "gradients through a key-value cache", "use_cache=False in training, or torch.no_grad()"
         )
+    lengths, starts = past.lengths, past.starts
     if settings.mode == "full":
         return full_decode_attention(q, k, v, lengths, starts=starts, scale=scale)
     spec = settings.sparse_spec()

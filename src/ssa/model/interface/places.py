@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,10 +129,19 @@ def documents(
     return DocumentLayout.from_lengths([[b - a for a, b in pairwise(row)] for row in bounds])
 
 
-def cache_rows(
-    batch: int, new: int, rows: int, mask: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """``lengths`` and ``starts`` (int32 ``[B]``, see :mod:`ssa.ops.decode`) of a cache of ``rows`` rows.
+class CacheRows(NamedTuple):
+    """Filled rows of a cache: ``lengths`` and ``starts`` int32 ``[B]``, see :mod:`ssa.ops.decode`.
+
+    ``is_empty``: the new tokens are the first ones, whose documents are known, so this is no decoding.
+    """
+
+    lengths: Tensor
+    starts: Tensor | None
+    is_empty: bool
+
+
+def cache_rows(batch: int, new: int, rows: int, mask: Tensor | None, device: torch.device) -> CacheRows:
+    """Which of the ``rows`` rows of a cache are filled, ``new`` of them by this pass.
 
     transformers fills the rows of all sequences alike, so the lengths are equal; only the left padding differs.
 
@@ -140,7 +149,7 @@ def cache_rows(
         InputError: padding between tokens, as right padding leaves it when generation goes on.
     """
     if mask is None:
-        return torch.full((batch,), rows, dtype=torch.int32, device=device), None
+        return CacheRows(torch.full((batch,), rows, dtype=torch.int32, device=device), None, False)
     row = torch.arange(rows, device=device)
     last = (mask * (row + 1)).amax(1)
     lengths = last.amax().clamp(min=new).expand(batch)
@@ -151,4 +160,5 @@ def cache_rows(
             raise InputError(
                 "attention_mask", f"padding between the tokens of row {holes[0]}", "left padding", "padding_side='left'"
             )
-    return lengths.to(torch.int32), starts.to(torch.int32)
+    is_empty = new > 1 and int(lengths[0]) == new  # asks the device, in a prompt's passes only
+    return CacheRows(lengths.to(torch.int32), starts.to(torch.int32), is_empty)
