@@ -32,7 +32,7 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'; expected 'ssa'"),
+        ({"model_type": "gpt2"}, "model_type .gpt2.; expected one of .ssa."),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map: got a key that chooses code"),
         ({"_attn_implementation_internal": "x/y"}, "_attn_implementation_internal"),
         ({"block_size": 24}, "SparseSpec.block_size: got 24"),

@@ -71,5 +71,5 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing keys: model\.layers\.2"):
         open_model(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no safetensors weights"):
+    with pytest.raises(CheckpointError, match="no weights; expected safetensors weights"):
         open_model(folder)

@@ -10,7 +10,19 @@ from pkgutil import iter_modules
 from ssa._version import __version__
 from ssa.errors import SSAError
 
-ORDER = ("quickstart", "prepare", "train", "eval", "generate", "serve", "report", "reproduce", "bench", "doctor")
+ORDER = (
+    "quickstart",
+    "prepare",
+    "train",
+    "eval",
+    "generate",
+    "serve",
+    "convert",
+    "report",
+    "reproduce",
+    "bench",
+    "doctor",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +82,7 @@ SUMMARIES = {
     "eval": "perplexity and attention statistics in both modes and at several budgets",
     "generate": "continue a prompt with a checkpoint",
     "serve": "a model over HTTP with OpenAI's interface, in one mode at one budget",
+    "convert": "a Llama, Qwen or published SSA checkpoint to our form and back, the same function",
     "report": "one HTML page and figures from result files",
     "reproduce": "the paper's experiments with seeds and ablations, and a verdict for each of its claims",
     "bench": "speed of the attention operations against the best full attention, correctness first",

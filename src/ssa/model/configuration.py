@@ -13,6 +13,7 @@ from ssa.ops.spec import SelectionRule
 
 Method = Literal["full", "moba", "nsa", "ssa"]
 Mode = Literal["full", "sparse"]
+FORMAT = 1
 
 METHODS: dict[str, tuple[float, float]] = {
     # probability that a training step's main stream is full attention, alignment weight alpha
@@ -30,6 +31,9 @@ class SSAConfig(LlamaConfig):
         method: ``"full"``, ``"moba"`` and ``"ssa"`` differ only in training; ``"nsa"`` has three branches and no
             full mode. Sets ``full_probability`` and ``alignment_weight`` where those are None.
         gated: multiply each head's attention output by ``sigmoid(W_g x)`` (all methods of the paper do).
+        qkv_bias: biases on the projections to q, k, v (as in Qwen2); ``attention_bias`` has one on the output too.
+        qk_norm: RMSNorm over each head of q and k before RoPE (as in Qwen3).
+        ssa_format: version of this configuration's format.
         block_size, num_blocks, first_blocks, local_blocks, selection_rule: see :class:`ssa.ops.SparseSpec`.
         budgets: blocks per query of each layer in the place of ``num_blocks``: an integer, or one for each KV head.
         window_size: tokens of NSA's sliding window.
@@ -47,6 +51,8 @@ class SSAConfig(LlamaConfig):
 
     method: str = "ssa"
     gated: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
     block_size: int = 16
     num_blocks: int = 16
     budgets: list[int | list[int]] | None = None
@@ -61,6 +67,7 @@ class SSAConfig(LlamaConfig):
     alignment_directions: str = "both"
     align_query_fraction: float = 1.0
     inference_mode: str = "sparse"
+    ssa_format: int = FORMAT
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.method not in METHODS:
@@ -77,6 +84,8 @@ class SSAConfig(LlamaConfig):
 
     def check(self) -> None:
         """Raise :class:`ConfigError` if values do not fit together. Called at construction and at each mode change."""
+        if self.ssa_format not in range(1, FORMAT + 1):
+            raise ConfigError("SSAConfig.ssa_format", repr(self.ssa_format), f"a format up to {FORMAT}", "a newer ssa")
         if not 0.0 <= float(self.full_probability or 0.0) <= 1.0:
             raise ConfigError("SSAConfig.full_probability", self.full_probability, "a number in [0, 1]")
         if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):

@@ -103,10 +103,14 @@ class SSAAttention(nn.Module):
         self.branches = 3 if config.method == "nsa" else 1
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         wide, narrow = config.num_attention_heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
         if config.gated:
             self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.branches, bias=False)
         self.observer: Observer | None = None
@@ -114,6 +118,8 @@ class SSAAttention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``x [B, T, C]`` -> q ``[B, T, H, D]`` and k, v ``[B, T, K, D]`` after RoPE, gate ``[B, T, H * branches]``."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
         return q.to(v.dtype), k.to(v.dtype), v, gate  # under autocast cos and sin are wider than the projections

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ssa.errors import CheckpointError, ConfigError
+from ssa.errors import CheckpointError
 from ssa.model.configuration import SSAConfig
+from ssa.model.families import OFFICIAL
 from ssa.model.interface import configure
-from ssa.model.loading import REFUSED_KEYS, load_model
-
-
-def model_folder(path: str | Path) -> Path:
-    """The model folder at ``path``, which may be a run folder that holds ``model/``.
-
-    Raises:
-        ConfigError: no ``config.json`` in either.
-    """
-    for folder in (Path(path) / "model", Path(path)):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ConfigError(str(path), "no config.json", "a model folder or a run folder with model/")
+from ssa.model.loading import load_model, model_folder, read_config_file
+from ssa.model.weights import open_weights
 
 
 def open_model(
@@ -88,22 +77,13 @@ def attention_in_words(model: PreTrainedModel) -> str:
 
 
 def _is_ours(folder: Path) -> bool:
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(str(file), f"unreadable JSON ({error})", "a model configuration") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise ConfigError(str(file), "no model_type", "a model configuration")
-    if refused := [key for key in REFUSED_KEYS if key in values]:
-        raise ConfigError(f"{file}: {refused[0]}", "a key that chooses code", "its absence", "removing the key")
-    return bool(values["model_type"] == SSAConfig.model_type)
+    """Ours, or one of the published checkpoints, which becomes ours."""
+    return read_config_file(folder)["model_type"] in (SSAConfig.model_type, OFFICIAL)
 
 
 def _stock(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of transformers; its weights must be there and whole, as for ours."""
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(str(folder), "no safetensors weights", "*.safetensors", "saving with save_pretrained")
+    open_weights(folder)  # refuses other kinds of weights, and headers and indices that lie
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
