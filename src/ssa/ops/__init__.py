@@ -1,6 +1,7 @@
 """Attention mathematics on tensors ``[B, T, heads, D]``: selection, sparse, full and both at once. Needs torch only."""
 
 from ssa.ops.bound import ErrorBound, attention_entropy, attention_sparsity, dropped_mass, error_bound
+from ssa.ops.budget.api import AdaptiveBlocks, adaptive_blocks
 from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.dispatch import explain
 from ssa.ops.dual.alignment import Alignment, AlignmentSpec
@@ -13,10 +14,12 @@ from ssa.ops.sparse.api import sparse_attention
 from ssa.ops.spec import SparseSpec
 
 __all__ = [
+    "AdaptiveBlocks",
     "Alignment",
     "AlignmentSpec",
     "ErrorBound",
     "SparseSpec",
+    "adaptive_blocks",
     "attention_entropy",
     "attention_sparsity",
     "compressed_attention",

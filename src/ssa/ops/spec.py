@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from ssa.errors import InputError
 
 SelectionRule = Literal["exact", "official"]
+Flavour = Literal["estimated", "certified"]
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -28,6 +29,11 @@ class SparseSpec:
         rule: ``"exact"`` is the true top-k. ``"official"`` reproduces the published code's streaming merge,
             which keeps only the best ``S/2`` of all earlier chunks of S blocks beside the best ``S/2`` of the
             newest chunk; for checkpoints trained under it.
+        max_dropped_mass: take for every query the fewest blocks, at most ``num_blocks``, whose remainder holds at most
+            this share of every head's attention (0 <= share < 1); None takes ``num_blocks`` always. Beyond the paper.
+        flavour: how that is known. ``"estimated"``: from the mean keys. ``"certified"``: from bounds that hold for
+            every key of a block, so that the limit is never exceeded where ``num_blocks`` suffices.
+        safety: factor on the estimate, see ``docs/budgets.md``.
     """
 
     block_size: int = 16
@@ -35,6 +41,9 @@ class SparseSpec:
     first_blocks: int = 0
     local_blocks: int = 1
     rule: SelectionRule = "exact"
+    max_dropped_mass: float | None = None
+    flavour: Flavour = "estimated"
+    safety: float = 1.0
 
     def __post_init__(self) -> None:
         if not is_integer(self.block_size) or self.block_size not in BLOCK_SIZES:
@@ -57,6 +66,7 @@ class SparseSpec:
             )
         if self.rule not in get_args(SelectionRule):
             raise InputError("SparseSpec.rule", repr(self.rule), f"one of {get_args(SelectionRule)}")
+        self._check_limit()
         if self.rule == "official":
             if self.block_size < 2:
                 raise InputError(
@@ -79,6 +89,18 @@ class SparseSpec:
                     "first_blocks 0, local_blocks 1",
                     "rule='exact'",
                 )
+
+    def _check_limit(self) -> None:
+        if self.flavour not in get_args(Flavour):
+            raise InputError("SparseSpec.flavour", repr(self.flavour), f"one of {get_args(Flavour)}")
+        if not 0 < self.safety < float("inf"):
+            raise InputError("SparseSpec.safety", repr(self.safety), "a positive number")
+        if self.max_dropped_mass is None:
+            return
+        if not 0 <= self.max_dropped_mass < 1:
+            raise InputError("SparseSpec.max_dropped_mass", repr(self.max_dropped_mass), "a number in [0, 1)")
+        if self.rule == "official":
+            raise InputError("SparseSpec", "max_dropped_mass with rule 'official'", "rule='exact'")
 
     @property
     def receptive_field(self) -> int:

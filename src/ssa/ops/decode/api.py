@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ssa.errors import InputError
+from ssa.ops.budget.api import adaptive_blocks_cached, refuse_kernels
+from ssa.ops.budget.reference import BlockBounds
 from ssa.ops.checks import DTYPES, check_positive, reads_values, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, constant_when_compiled, register
 from ssa.ops.spec import BLOCK_SIZES, SparseSpec, is_integer
@@ -68,6 +70,8 @@ def select_blocks_cached(
     *,
     starts: Tensor | None = None,
     scale: float | None = None,
+    k: Tensor | None = None,
+    bounds: BlockBounds | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`ssa.ops.select_blocks` for new tokens, from the pooled keys of the cache (paper section 3).
@@ -78,6 +82,8 @@ def select_blocks_cached(
         lengths, starts: int32 ``[B]``.
         spec: block size, budget, rule.
         scale: logit scale, default ``D ** -0.5``.
+        k: ``[B, C, K, D]``, with ``spec.max_dropped_mass`` only: the own block's mass is computed from its keys.
+        bounds: with a certified ``spec.max_dropped_mass`` only, see :func:`ssa.ops.budget.api.update_block_bounds`.
         backend: ``"auto"`` or a name that :func:`ssa.ops.explain` lists.
 
     Returns:
@@ -90,6 +96,14 @@ def select_blocks_cached(
     where = "select_blocks_cached"
     _check_tensors(where, q, ("pooled", pooled))
     _check_lengths(where, q, lengths, starts, pooled.shape[1] * spec.block_size)
+    if spec.max_dropped_mass is not None:
+        refuse_kernels(where, backend)
+        if k is None:
+            raise InputError(f"{where}.k", "None with max_dropped_mass", "the cache's keys [B, C, K, D]")
+        _check_tensors(where, q, ("pooled", pooled), ("k", k))
+        return adaptive_blocks_cached(
+            q, k, pooled, bounds, lengths, starts, spec, resolve_scale(where, q, scale)
+        ).indices
     implementation = choose(where, _request(q, pooled, spec), backend)
     return implementation(q, pooled, lengths, starts, spec, resolve_scale(where, q, scale))
 
@@ -154,6 +168,7 @@ def decode_attention(
     *,
     starts: Tensor | None = None,
     scale: float | None = None,
+    bounds: BlockBounds | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -168,6 +183,7 @@ def decode_attention(
     *,
     starts: Tensor | None = None,
     scale: float | None = None,
+    bounds: BlockBounds | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -182,6 +198,7 @@ def decode_attention(
     *,
     starts: Tensor | None = None,
     scale: float | None = None,
+    bounds: BlockBounds | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -197,6 +214,7 @@ def decode_attention(
         lengths, starts: int32 ``[B]``.
         spec: block size, budget, rule.
         scale: logit scale, default ``D ** -0.5``.
+        bounds: with a certified ``spec.max_dropped_mass`` only, see :func:`ssa.ops.budget.api.update_block_bounds`.
         return_lse: also return the log-sum-exp (natural log) of the scaled logits.
         backend: ``"auto"`` or a name that :func:`ssa.ops.explain` lists.
 
@@ -212,6 +230,12 @@ def decode_attention(
     _check_tensors(where, q, ("k", k), ("v", v), ("pooled", pooled))
     _check_lengths(where, q, lengths, starts, k.shape[1])
     _check_blocks(where, pooled, k, spec.block_size)
+    if spec.max_dropped_mass is not None:
+        indices = select_blocks_cached(q, pooled, lengths, spec, starts=starts, scale=scale, k=k, bounds=bounds)
+        out, lse = attend_blocks_cached(
+            q, k, v, indices, spec.block_size, lengths, starts=starts, scale=scale, backend=backend
+        )
+        return (out, lse) if return_lse else out
     implementation = choose(where, _request(q, k, spec), backend)
     out, lse = implementation(q, k, v, pooled, lengths, starts, spec, resolve_scale(where, q, scale))
     return (out, lse) if return_lse else out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
+from ssa.ops.budget.api import adaptive_blocks, refuse_kernels
 from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, register
 from ssa.ops.spec import SparseSpec
@@ -45,12 +46,16 @@ def select_blocks(
 
     Returns:
         int32 ``[B, T, K, spec.num_blocks]``: blocks of the query's own document, ascending, padded with -1.
+        With ``spec.max_dropped_mass`` the last dimension is the largest number of blocks that a query took.
 
     Raises:
         InputError: wrong shapes, dtypes or devices.
         BackendError: the named backend cannot serve the call.
     """
     where = "select_blocks"
+    if spec.max_dropped_mass is not None:
+        refuse_kernels(where, backend)
+        return adaptive_blocks(q, k, spec, layout, scale=scale).indices
     check_qkv(where, q, k)
     layout = resolve_layout(where, q, layout)
     request = Request.of(q, k, block_size=spec.block_size, num_blocks=spec.num_blocks, layout=layout)
