@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from ssa.errors import ConfigError, InputError
 from ssa.ops import AlignmentSpec, SparseSpec
 from ssa.ops.dual.alignment import AlignOn, Directions, Distance
-from ssa.ops.spec import SelectionRule
+from ssa.ops.spec import Flavour, SelectionRule
 
 Method = Literal["full", "moba", "nsa", "ssa"]
 Mode = Literal["full", "sparse"]
@@ -41,6 +41,8 @@ class SSAConfig(LlamaConfig):
         alignment_weight, alignment_distance, align_on, alignment_directions: see :class:`ssa.ops.AlignmentSpec`.
         align_query_fraction: its ``query_fraction``.
         inference_mode: ``"full"`` or ``"sparse"``; may be changed at any time, as may ``num_blocks``.
+        max_dropped_mass, budget_flavour, budget_safety: an adaptive budget, see :class:`ssa.ops.SparseSpec`; then
+            ``num_blocks`` is the most that a query takes. A cache serves the estimated flavour only.
     """
 
     model_type = "ssa"
@@ -67,6 +69,9 @@ class SSAConfig(LlamaConfig):
     alignment_directions: str = "both"
     align_query_fraction: float = 1.0
     inference_mode: str = "sparse"
+    max_dropped_mass: float | None = None
+    budget_flavour: str = "estimated"
+    budget_safety: float = 1.0
     ssa_format: int = FORMAT
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,7 +145,8 @@ class SSAConfig(LlamaConfig):
             entry = self.budgets[layer]
             blocks = max(entry) if isinstance(entry, list | tuple) else entry
         rule = cast("SelectionRule", self.selection_rule)
-        return SparseSpec(self.block_size, blocks, self.first_blocks, self.local_blocks, rule)
+        adaptive = self.max_dropped_mass, cast("Flavour", self.budget_flavour), self.budget_safety
+        return SparseSpec(self.block_size, blocks, self.first_blocks, self.local_blocks, rule, *adaptive)
 
     def alignment_spec(self) -> AlignmentSpec:
         """How training aligns the streams."""
