@@ -42,7 +42,7 @@ class Inputs:
     gate: Tensor
 
     @property
-    def leaves(self) -> tuple[Tensor, ...]:
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What gradients are taken of."""
         return *self.x.leaves, self.gate
 
@@ -127,10 +127,11 @@ def expected(
     for name, mask in zip(("full", "sparse"), masks, strict=True):
         seen = logits.masked_fill(~mask.repeat_interleave(group, 1), float("-inf")).softmax(-1)
         streams[name] = (seen @ value).transpose(1, 2) * gate[..., None]
-    compared, share = list(streams.values()), 1.0
+    compared, share = (streams["full"], streams["sparse"]), 1.0
     if case.fraction < 1:
         rows = sample_rows(workload.layout, case.fraction, 0)
-        compared = [y.flatten(0, 1)[rows.index(q.device)] for y in compared]
+        index = rows.index(q.device)
+        compared = (compared[0].flatten(0, 1)[index], compared[1].flatten(0, 1)[index])
         share = rows.count / workload.layout.total / case.fraction
     out, loss = streams[str(case.main)], align(*compared, spec)[0] * share
     upstream = [inputs.x.d_out.to(dtype), torch.ones_like(loss)]
@@ -170,6 +171,7 @@ def rows_alone(workload: Workload, inputs: Inputs) -> Callable[[], object]:
 
 def functions(workload: Workload, inputs: Inputs) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """Name, calls that warm it up, and function of every timed case."""
+    layout = workload.layout
     for case in CASES:
         if not case.compiled or inputs.gate.is_cuda:  # for a CPU it would compile C++
             yield case.name, SEEDS if case.fraction < 1 else 1, build(case, workload, inputs)
@@ -179,7 +181,6 @@ def functions(workload: Workload, inputs: Inputs) -> Iterator[tuple[str, int, Ca
         out = full_attention(*inputs.x.leaves, layout)
         return torch.autograd.grad(out, inputs.x.leaves, inputs.x.d_out)
 
-    layout = workload.layout
     yield "full alone, no gate", 1, full_alone
 
 

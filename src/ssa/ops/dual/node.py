@@ -15,7 +15,6 @@ from ssa.ops.dual.passes import Streams
 from ssa.ops.dual.streams import Stream
 from ssa.ops.full.query_rows import QueryRows
 from ssa.ops.full.row_kernels import RowKernel
-from ssa.ops.triton_support import flat
 
 
 class Plan(NamedTuple):
@@ -74,7 +73,7 @@ class BothStreams(torch.autograd.Function):
         q, k, v, gate, indices, *results = ctx.saved_tensors
         full, sparse = tuple(results[: ctx.split]), tuple(results[ctx.split :])
         streams = plan.streams(full[0], sparse[0], gate)
-        inflow = plan.passes.backward(streams, flat(d_out), d_loss)
+        inflow = plan.passes.backward(streams, d_out.flatten(0, 1), d_loss)
         grads: tuple[Tensor, ...] | None = None
         if plan.main == "sparse" or streams.pulls_sparse:
             grads = plan.sparse.backward(inflow.sparse.view(q.shape), q, k, v, indices, sparse)
