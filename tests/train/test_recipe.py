@@ -13,7 +13,7 @@ from ssa.errors import ConfigError
 from ssa.train.recipe import flatten
 from ssa.train.recipe_file import dump_recipe, load_recipe, shipped_recipes
 
-SCALES, METHODS = ("quickstart", "64m", "300m", "1b", "1b-32k"), ("full", "moba", "nsa", "ssa")
+SCALES, METHODS = ("quickstart", "tiny", "small", "64m", "300m", "1b", "1b-32k"), ("full", "moba", "nsa", "ssa")
 ABLATIONS = [name for name in shipped_recipes() if name.startswith("ablations/")]
 
 # Sizes that the messages below name; the shipped values may be tuned.
