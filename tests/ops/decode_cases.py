@@ -83,10 +83,21 @@ def slabs() -> None:
     import ssa.ops.decode.triton as launches
 
     launches.WORK_ELEMENTS = 1
+    launches._selection.cache_clear()
     compare("left padding, three tokens")
+
+
+def chunks() -> None:
+    """So do two levels of selection, which only long rows need."""
+    import ssa.ops.decode.triton as launches
+
+    launches.DIRECT_BLOCKS = 0
+    launches._selection.cache_clear()
+    compare("one token, ragged")
+    compare("forced blocks, group of 16")
 
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     for case in sys.argv[1:]:
-        slabs() if case == "slabs" else compare(case)
+        {"slabs": slabs, "chunks": chunks}.get(case, lambda name=case: compare(name))()

@@ -17,6 +17,7 @@ CASES = (
     "a budget over all blocks",
     "more keys than one program attends",
     "slabs",
+    "chunks",
 )
 
 

@@ -24,6 +24,7 @@ from ssa.ops.triton_support import LOG2E, ceil_div, next_power_of_two
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
+DIRECT_BLOCKS, DIRECT_ROWS = 8192, 16  # most scores of a row that are searched at once, and most such rows
 TILE_BYTES = 16384  # of one tile of keys
 
 
@@ -41,6 +42,7 @@ class _Selection(NamedTuple):
     chunks: int  # NCH
     KP: int
     slab: int  # rows at a time
+    chunked: bool  # two levels of selection
 
 
 class _Attention(NamedTuple):
@@ -78,10 +80,13 @@ def _selection(
         free = min(spec.block_size // 2, spec.num_blocks)
     KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
-    splits = max(1, min(tiles, 4 * _processors(index) // (slab * K), 1024 // GP))
+    # One level is faster for a row, but takes the registers of a whole processor.
+    chunked = official or width > DIRECT_BLOCKS or slab * K > DIRECT_ROWS
+    programs = _processors(index) * (4 if chunked else 1)
+    splits = max(1, min(tiles, programs // (slab * K), 1024 // GP))
     chunks = max(4, next_power_of_two(width // chunk))
     BK = _tile(DP, itemsize, 16)
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, chunked)
 
 
 @lru_cache(maxsize=256)
@@ -127,6 +132,7 @@ def _select(
     first = lengths if starts is None else starts
     q_strides, p_strides = q.stride()[:3], pooled.stride()[:3]
     kv_strides = (*k.stride()[:3], *v.stride()[:3])
+    warps = 4 if x.chunked or x.width <= 2048 else 8
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
@@ -139,7 +145,7 @@ def _select(
             q, k, v, lengths, first, indices, out, lse, floats, integers, row0, rows, N, K, G, x.splits, x.width,
             k_blocks, spec.first_blocks, spec.local_blocks, *q_strides, *kv_strides, c,
             D, x.DP, spec.block_size, x.GP, x.M, x.BN, x.BK, SP, x.chunks, x.chunk, x.KP, KP2,
-            spec.rule == "official", attend, given, num_warps=4, num_stages=2,
+            spec.rule == "official", x.chunked, attend, given, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return indices, out, lse
 

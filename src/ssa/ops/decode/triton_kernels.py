@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key
+from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key, _largest
 
 NOTHING = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
@@ -248,10 +248,14 @@ def select_kernel(
     KP: tl.constexpr,
     KP2: tl.constexpr,
     OFFICIAL: tl.constexpr,
+    CHUNKED: tl.constexpr,
     ATTEND: tl.constexpr,
     STARTS: tl.constexpr,
 ):
-    """Scores of one split; the last program of a row selects its blocks and attends over them."""
+    """Scores of one split; the last program of a row selects its blocks and attends over them.
+
+    The top-k reads all scores at once, or, of a long row (CHUNKED), the chunks with the largest maxima.
+    """
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
     head = pair % K
@@ -281,9 +285,10 @@ def select_kernel(
             s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
             score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
             tl.store(score_row + n, score_n)
-            candidate = (n >= first_blocks) & (n < own + 1 - local_blocks)
-            largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
-            tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
+            if CHUNKED:
+                candidate = (n >= first_blocks) & (n < own + 1 - local_blocks)
+                largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
+                tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
     tl.debug_barrier()  # every thread's stores come before the count that publishes them
     done = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel", scope="gpu")
     if done + 1 < tl.maximum(used, 1):
@@ -294,7 +299,15 @@ def select_kernel(
     else:
         hi = own + 1 - local_blocks
         need = k - first_blocks - local_blocks
-        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
+        if CHUNKED:
+            block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
+        else:
+            block = tl.arange(0, NCH * CS)
+            inside = (block >= first_blocks) & (block < hi)
+            key = tl.where(inside, _key(tl.load(score_row + block, mask=inside, other=0.0)), 0)
+            highest = tl.max(key)
+            need = tl.minimum(tl.maximum(hi - first_blocks, 0), need)
+            taken = _largest(key, need, highest, tl.minimum(highest, 1))
         _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
     if ATTEND:
         tl.debug_barrier()  # the list is complete
