@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -77,17 +78,34 @@ def window_attention(
     outputs = []
     for run in layout.runs():
         query, key, value = (run_view(x, run) for x in (q, k, v))
-        position = torch.arange(run[2], device=q.device)
-
-        def visible(rows: slice, position: Tensor = position) -> Tensor:
-            distance = position[rows, None] - position
-            return (distance >= 0) & (distance < window)
-
-        outputs.append(_masked_attention(query, key, value, visible, scale).flatten(0, 1))
+        outputs.append(_window_of_run(query, key, value, window, scale).flatten(0, 1))
     return torch.cat(outputs).view_as(q)
 
 
-Visible = Callable[[slice], Tensor]  # query rows -> bool [rows, M]; made per chunk, so that no [L, M] tensor exists
+def _window_of_run(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Equally long documents ``[n, L, ...]``, cut into chunks of ``window`` queries that see their chunk and the last.
+
+    The cost is ``2 * window`` keys per query, however long the document is.
+    """
+    n, length = q.shape[:2]
+    size = min(window, length)
+    count = -(-length // size)
+    end = count * size - length
+    q = F.pad(q, (0, 0, 0, 0, 0, end)).unflatten(1, (count, size)).flatten(0, 1)  # [n * count, size, H, D]
+    chunks = [F.pad(x, (0, 0, 0, 0, size, end)).unflatten(1, (count + 1, size)) for x in (k, v)]
+    k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in chunks)  # [n * count, 2 * size, K, D]
+    place = torch.arange(2 * size, device=q.device) - size  # of a key, seen from its chunk's first query
+    first = (torch.arange(n * count, device=q.device) % count == 0)[:, None, None, None, None]
+
+    def visible(rows: slice) -> Tensor:
+        distance = torch.arange(size, device=q.device)[rows, None] - place
+        return ((distance >= 0) & (distance < window)) & ((place >= 0) | ~first)  # [n * count, 1, 1, rows, 2 * size]
+
+    return _masked_attention(q, k, v, visible, scale).unflatten(0, (n, count)).flatten(1, 2)[:, :length]
+
+
+# query rows -> bool [rows, M], or with leading dimensions; made per chunk, so that no [L, M] tensor exists
+Visible = Callable[[slice], Tensor]
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:

@@ -127,7 +127,7 @@ def shown(value: Interval, show: formats.Format) -> str:
         return formats.MISSING
     if value.count == 1:
         return f"{show(value.mean)} (one seed)"
-    return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]"
+    return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]".replace("-", "−")
 
 
 def signed(show: formats.Format) -> formats.Format:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,7 +45,7 @@ COLUMNS = (
 
 def all_tables(study: Study) -> list[Table]:
     """Every table for which there is something to show."""
-    found = [core_table(study), fraction_table(study), rule_table(study), ablation_table(study)]
+    found = [fraction_table(study), rule_table(study), ablation_table(study)]
     return [table for table in found if table is not None]
 
 
@@ -106,7 +105,7 @@ def _trained(name: str) -> str:
 
 def ablation_table(study: Study) -> Table | None:
     """Ablations beside SSA of the same seed."""
-    names = sorted(study.variants("ablation"), key=_natural)
+    names = study.variants("ablation")
     if not names:
         return None
     seeds = sorted({piece.seed for name in names for piece in study.of(name)})
@@ -128,11 +127,6 @@ def ablation_table(study: Study) -> Table | None:
         "first table. The first line is SSA itself."
     )
     return _table("Ablations", caption, ("changed", *(c.title for c in COLUMNS)), rows, "variant")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorting key: alpha-5 before alpha-40, and p-025 between p-0 and p-075."""
-    return [(int(part), "") if part.isdigit() and part[0] != "0" else (0, part) for part in re.split(r"[-x]", name)]
 
 
 def _seconds(study: Study, name: str) -> str:

@@ -50,7 +50,7 @@ def render_page(groups: Sequence[Group], figures: Sequence[Figure], study: Study
     return environment.get_template("page.html").render(
         policy=_policy(css),
         css=Markup(css),
-        title="Sparse Sparse Attention: the paper's claims, measured"
+        title="Sparse Sparse Attention: the paper’s claims, measured"
         if study
         else f"{formats.listed(group.label for group in groups)}: full and sparse inference",
         statement=statement(groups),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,10 +57,10 @@ class Study:
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def variants(self, role: str) -> list[str]:
-        """Variants of a role; the core methods in the paper's order, others by name."""
+        """Variants of a role: the core methods in the paper's order, others by name, numbers in it as numbers."""
         found = {piece.variant for piece in self.pieces if piece.role == role and piece.status != "failed"}
         known = [*METHODS]
-        return sorted(found, key=lambda name: (known.index(name) if name in known else len(known), name))
+        return sorted(found, key=lambda name: (known.index(name) if name in known else len(known), _natural(name)))
 
     @cached_property
     def core(self) -> list[Group]:
@@ -70,6 +71,11 @@ class Study:
     def seconds(self) -> float:
         """Wall time of all pieces together."""
         return math.fsum(piece.train_seconds + piece.evaluate_seconds for piece in self.pieces)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorting key: alpha-5 before alpha-40, and p-025 between p-0 and p-075."""
+    return [(int(part), "") if part.isdigit() and part[0] != "0" else (0, part) for part in re.split(r"[-x]", name)]
 
 
 def read_study(folder: Path) -> Study:

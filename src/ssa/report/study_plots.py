@@ -16,7 +16,7 @@ from ssa.report.claims import label
 from ssa.report.findings import FRACTIONS
 from ssa.report.results import Evaluation
 from ssa.report.runs import METHODS, Group, Spread
-from ssa.report.study import Study
+from ssa.report.study import Measure, Study
 from ssa.report.style import COLOURS, MUTED, WIDTH, EndLabel, Figure, colour, draw, label_ends, line
 
 Points = list[tuple[float, Spread]]
@@ -160,39 +160,53 @@ def _union_points(group: Group, first: bool) -> Points:
 
 def variant_figure(study: Study) -> Figure | None:
     """Perplexity and AttnSparsity of every variant, relative to SSA of the same seed."""
-    names = [*study.variants("core"), *study.variants("fraction"), *study.variants("ablation")]
-    if len(names) < 3 or not study.of("ssa"):
-        return None
+    names = [name for role in ("core", "fraction", "ablation") for name in study.variants(role)]
     panels = {
         "Perplexity, full": measures.full_perplexity,
         "Perplexity, sparse": measures.native_perplexity,
         "AttnSparsity, full inference": measures.attention_sparsity,
     }
+    if len(names) < 3 or not all(study.values("ssa", measure) for measure in panels.values()):
+        return None
 
     def paint(canvas: Canvas) -> None:
         grid = canvas.subplots(1, len(panels), sharey=True)
         for axes, (title, measure) in zip(grid, panels.items(), strict=True):
-            own = study.values("ssa", measure)
-            mean = math.fsum(own.values()) / len(own) if own else math.nan
-            axes.axvline(mean, color="#C9CFD6", linewidth=1, zorder=1)
-            for row, name in enumerate(names):
-                values = list(study.values(name, measure).values())
-                tone = COLOURS.get(name, COLOURS["ssa"])
-                axes.plot(values, [row] * len(values), "o", color=tone, markersize=4, alpha=0.55, mew=0)
-                if values:
-                    axes.plot(math.fsum(values) / len(values), row, "D", color=tone, markersize=5)
-                elif study.of(name):
-                    axes.text(0.5, row, "diverged", transform=axes.get_yaxis_transform(), va="center", color=MUTED)
+            _variant_panel(axes, study, names, measure)
             axes.set_title(title)
-            axes.grid(axis="x")
             axes.set_yticks(range(len(names)), [_row_label(name) for name in names])
         grid[0].invert_yaxis()
 
     caption = (
-        "Every model of the study: dots are seeds, diamonds their means, the grey line is SSA's mean. Lower perplexity "
+        "Every model of the study: dots are seeds, diamonds their means, the grey line is SSA's mean; what lies far "
+        "outside is written at the edge. Lower perplexity "
         "is better; higher AttnSparsity means that less is lost by reading selected blocks alone."
     )
-    return draw("variants", "Methods, fractions, ablations", caption, (WIDTH, 1.1 + 0.23 * len(names)), paint)
+    return draw("variants", "Methods, fractions, ablations", caption, (WIDTH, 1.5 + 0.23 * len(names)), paint)
+
+
+def _variant_panel(axes: Axes, study: Study, names: Sequence[str], measure: Measure) -> None:
+    """One row per variant. What lies far outside the methods' range is written at the edge, not drawn."""
+    inside = [v for name in study.variants("core") for v in study.values(name, measure).values()]
+    low, high = min(inside), max(inside)
+    reach = 1.5 * (high - low) or 1.0
+    own = study.values("ssa", measure)
+    axes.axvline(math.fsum(own.values()) / len(own), color="#C9CFD6", linewidth=1, zorder=1)
+    note: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "color": MUTED, "fontsize": 7.5}
+    for row, name in enumerate(names):
+        values = list(study.values(name, measure).values())
+        mean = math.fsum(values) / len(values) if values else math.nan
+        tone = COLOURS.get(name, COLOURS["ssa"])
+        if low - reach <= mean <= high + reach:
+            axes.plot(values, [row] * len(values), "o", color=tone, markersize=4, alpha=0.55, mew=0)
+            axes.plot(mean, row, "D", color=tone, markersize=5)
+        elif values:
+            right = mean > high
+            axes.text(0.99 if right else 0.01, row, f"{mean:.3g}", ha="right" if right else "left", **note)
+        elif all(piece.status == "diverged" for piece in study.of(name)):
+            axes.text(0.5, row, "diverged", ha="center", **note)
+    axes.set_xlim(low - reach, high + reach)
+    axes.grid(axis="x")
 
 
 def _row_label(name: str) -> str:

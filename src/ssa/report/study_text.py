@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ssa.report import formats
 from ssa.report.claims import EQUAL_PERCENT, Claim, Verdict, all_claims
-from ssa.report.findings import Table, all_tables
+from ssa.report.findings import Table, all_tables, core_table
 from ssa.report.study import Study
 from ssa.report.wording import data_line, distinct, machine_line, statement
 
@@ -55,7 +55,7 @@ def claims_markdown(study: Study) -> str:
     """The claims and tables as a Markdown page."""
     claims = all_claims(study)
     lines = ["# Claims of the paper, measured", ""]
-    lines += [f"{statement(study.core)} {outcome(claims)} {effort(study)}", "", RULE, ""]
+    lines += [f"{_escape(statement(study.core))} {outcome(claims)} {effort(study)}", "", RULE, ""]
     head = ("claim", "paper (1B, 100B tokens)", "here", "difference [95 % interval]", "verdict")
     rows = [
         (
@@ -68,7 +68,8 @@ def claims_markdown(study: Study) -> str:
         for c in claims
     ]
     lines += _markdown(head, rows)
-    for table in all_tables(study):
+    methods = core_table(study)
+    for table in [*([methods] if methods else []), *all_tables(study)]:
         lines += ["", f"## {table.title}", "", table.caption, "", *_table(table)]
     evaluations = [item for group in study.core for item in group.evaluations]
     commits = distinct(evaluations, lambda item: item.commit or "")

@@ -78,11 +78,12 @@ def claim(job: Job, piece: Piece) -> bool:
 
 def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) -> None:
     """Do pieces until none is left, or none would be finished by the deadline."""
-    longest, scale = 0.0, SCALES[job.scale]
+    scale = SCALES[job.scale]
+    took: list[float] = []
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current device
     for piece in job.pieces():
-        expected = longest or scale.seconds
+        expected = max(took[1:], default=scale.seconds)  # the first also compiled this process's kernels
         if job.deadline is not None and time.time() + expected > job.deadline:
             print(f"no time for {piece.name}: {expected:.0f} s expected", flush=True)
             return
@@ -92,7 +93,7 @@ def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) ->
         result = run_piece(piece, scale, Path(job.data), job.folder(piece), device)
         seconds = time.perf_counter() - began
         if result.is_done:
-            longest = max(longest, seconds)
+            took.append(seconds)
         print(f"{piece.name}: {result.status} after {seconds:.1f} s {result.message or ''}", flush=True)
         on_result()
 

@@ -1,0 +1,196 @@
+"""Verdicts follow the rule, from synthetic pieces; what they print is safe."""
+
+import json
+import math
+
+import pytest
+
+from ssa.errors import ConfigError, DataError
+from ssa.report import claims_markdown, read_study, write_study
+from ssa.report.claims import Verdict, all_claims, judge, judge_equal, together
+from ssa.report.findings import all_tables
+from ssa.report.intervals import Interval, interval, paired
+
+NOT_THERE = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def suite(method, seed):
+    """Long-context figures in the paper's order."""
+    worse = {"ssa": 0.0, "full": 1.0, "moba": 2.0, "nsa": 1.5}[method]
+    shake = 0.01 * seed
+    sliding = [
+        {"mode": mode, "length": n, "scaling": scaling, "perplexity": 20 + rise + shake}
+        for mode in ("full", "sparse")
+        for n, scaling, rise in (
+            (256, "none", 1.0),
+            (512, "none", 0.0),
+            (1024, "none", 2.0 + worse),
+            (1024, "llama3", 0.5 + worse),
+        )
+    ]
+    needle = [
+        {"mode": "full", "form": "single", "length": n, "scaling": "none", "depth": 0.5,
+         "likelihood": 0.9 - 0.2 * worse + shake, "greedy": 0.0, "chance": 0.25, "samples": 5}
+        for n in (512, 1024)
+    ]  # fmt: skip
+    attention = [
+        {"mode": "full", "length": n, "scaling": "none", "attention_sparsity": 0.8 - (0.1 + worse / 10) * loss + shake}
+        for n, loss in ((256, 0.0), (512, 1.0))
+    ]
+    layers = [{"layer": i, "union": {"2": 5.0, "4": 7.0 + shake}, "first_token_mass": 0.1} for i in range(2)]
+    selection = [{"mode": "sparse", "num_blocks": 4, "layers": layers}]
+    rules = [{"rule": "exact", "perplexity": 20.0}, {"rule": "official", "perplexity": 21.0 + shake}]
+    return {
+        "sliding": sliding, "needle": needle, "attention": attention, "selection": selection, "rules": rules,
+        "words": [{"mode": "full", "word_perplexity": 99.0}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def add(tmp_path, evaluation):
+    """Write one piece into the study's folder."""
+
+    def write(variant, seed, role="core", status="finished", change=lambda document: None, **more):
+        folder = tmp_path / "pieces" / f"{variant}-seed{seed}"
+        folder.mkdir(parents=True)
+        piece = {"schema": "ssa.piece/1", "variant": variant, "seed": seed, "role": role, "status": status}
+        piece |= {"overrides": {}, "message": None, "train_seconds": 20.0 + seed, "evaluate_seconds": 3.0, **more}
+        (folder / "piece.json").write_text(json.dumps(piece))
+        if status == "finished":
+            method = variant if role == "core" else "ssa"
+            document = evaluation(method, seed, name=f"{variant}-seed{seed}")
+            document["suite"] = suite(method, seed)
+            factor = {"ssa": 1.0, "full": 1.08, "moba": 1.04, "nsa": 1.01}[method] if role == "core" else 1.0
+            for run in document["runs"]:  # the same for every method, so that seeds pair up
+                blocks = run["num_blocks"] or 64
+                full = {"ssa": 1.0, "full": 0.995, "moba": 1.05}.get(method, 1.0)
+                level = full if run["mode"] == "full" else factor * (1 + 0.2 / blocks)
+                run["perplexity"] = 20 * level * (1 + 0.01 * seed) + 0.001 * seed * level
+            change(document)
+            (folder / "evaluation.json").write_text(json.dumps(document))
+
+    return write
+
+
+@pytest.fixture
+def study(tmp_path, add):
+    for seed in (0, 1, 2):
+        for method in ("ssa", "full", "moba", "nsa"):
+            add(method, seed)
+        add("ssa-1-8", seed, "fraction")
+    add("alpha-160", 0, "ablation", overrides={"model.alignment_weight": 160.0})
+    add("sparsity-only", 0, "ablation", "diverged", message="step 9: got NaN")
+    add("raw", 0, "ablation", "failed", message="out of memory")
+    return read_study(tmp_path)
+
+
+def verdicts(study):
+    return {f"{c.subject}: {c.claim}": c.verdict for c in all_claims(study)}
+
+
+# ---------------------------------------------------------------------- the rule
+def test_intervals_are_students_t():
+    found = interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.high == pytest.approx(2.0 + 4.303 / math.sqrt(3))
+    assert interval([5.0]).low == -math.inf
+    assert interval([math.nan]).count == 0
+    # seeds that shift both variants alike do not widen the interval of the difference
+    pair = paired({0: 10.0, 1: 20.0, 2: 30.0, 7: 0.0}, {0: 11.0, 1: 21.0, 2: 31.0})
+    assert (pair.mean, pair.low, pair.high) == pytest.approx((-1.0, -1.0, -1.0))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "equal"),
+    [
+        (-3, -2.5, Verdict.REPRODUCED, Verdict.REFUTED),
+        (2.5, 3, Verdict.REFUTED, Verdict.REFUTED),
+        (-1, 1, Verdict.UNRESOLVED, Verdict.REPRODUCED),
+        (-3, 1, Verdict.UNRESOLVED, Verdict.UNRESOLVED),
+    ],
+)
+def test_the_rule(low, high, sign, equal):
+    found = Interval((low + high) / 2, low, high, 3)
+    assert judge(found) is sign
+    assert judge_equal(found, 2.0) is equal
+    assert judge(NOT_THERE) is judge_equal(NOT_THERE, 2.0) is Verdict.MISSING
+
+
+def test_a_chain_holds_only_as_a_whole():
+    yes, no, open_ = Verdict.REPRODUCED, Verdict.REFUTED, Verdict.UNRESOLVED
+    assert together([yes, yes]) is yes
+    assert together([yes, open_]) is open_
+    assert together([no, open_]) is no
+    assert together([]) is Verdict.MISSING
+
+
+# ---------------------------------------------------------------------- the table
+def test_figures_in_the_papers_order_are_reproduced(study):
+    found = verdicts(study)
+    missing = [name for name, verdict in found.items() if verdict is Verdict.MISSING]
+    assert missing == ["Sparse towards full alone: unstable", "Random stream per layer: unstable"]
+    assert {v for name, v in found.items() if name not in missing} == {Verdict.REPRODUCED}
+    assert len(found) == 18
+
+
+def test_one_seed_resolves_nothing(tmp_path, add):
+    for method in ("ssa", "full", "moba"):
+        add(method, 0)
+    found = verdicts(read_study(tmp_path))
+    assert found.pop("Theorem 1: the bound holds for every query") is Verdict.REPRODUCED
+    assert set(found.values()) == {Verdict.UNRESOLVED, Verdict.MISSING}
+
+
+def test_the_other_order_is_refuted(tmp_path, add):
+    def swap(document):
+        for run in document["attention"]:
+            run["mean"]["attention_sparsity"] = 0.3
+
+    for seed in (0, 1, 2):
+        add("ssa", seed, change=swap)
+        add("full", seed)
+        add("moba", seed)
+    assert verdicts(read_study(tmp_path))["AttnSparsity, full inference: SSA > FullAttn > MoBA"] is Verdict.REFUTED
+
+
+def test_tables(study):
+    fractions, rules, ablations = all_tables(study)
+    assert [row[0] for row in fractions.rows] == ["1 (exact)", "1/8"]
+    assert rules.rows[-1][0] == "SSA"
+    assert rules.rows[-1][1].startswith("+5.0 % [")
+    assert [row[0] for row in ablations.rows] == ["SSA", "alpha-160", "sparsity-only"]
+    assert ablations.rows[1][1] == "alignment_weight 160.0"
+    assert ablations.rows[2][2] == "diverged"
+
+
+def test_page_and_markdown(study, tmp_path):
+    written = write_study(study, tmp_path / "out", tmp_path / "docs" / "claims.md")
+    assert [path.name for path in written] == ["report.html", "claims.md", "claims.md"]
+    page, text = (path.read_text() for path in written[:2])
+    assert page.count("<figure>") == 7  # no training curves here
+    assert "1 pieces failed and are left out" in text
+    assert text == written[2].read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(line.endswith(" |") for line in rows)
+    assert "**reproduced**" in text
+
+
+def test_result_files_cannot_break_the_tables(tmp_path, add):
+    def attack(document):
+        document["data"]["name"] = "<script>|`x`\n# y"
+
+    add("ssa", 0, change=attack)
+    add("alpha-1", 0, "ablation", overrides={"model.<b>|": "<img src=x>|"})
+    text = claims_markdown(read_study(tmp_path))
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "\n# y" not in text
+    assert "\\|" in text
+
+
+def test_bad_folders_are_refused(tmp_path, add):
+    with pytest.raises(ConfigError, match="no finished piece"):
+        read_study(tmp_path)
+    add("ssa", 0, status="sleeping")
+    with pytest.raises(DataError, match="sleeping"):
+        read_study(tmp_path)
