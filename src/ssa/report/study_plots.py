@@ -123,9 +123,10 @@ def union_figure(study: Study) -> Figure | None:
 
     def paint(canvas: Canvas) -> None:
         for axes, first in zip(canvas.subplots(1, 2, sharey=True), (True, False), strict=True):
-            ends = []
+            ends: list[EndLabel] = []
+            points: Points = []
             for group in shown:
-                points = _union_points(group, first)
+                points = _union_points(group, first) or points
                 _banded(axes, points, line(group))
                 if points:
                     ends.append(EndLabel(points[-1][1].mean, group.label, colour(group)))
@@ -135,7 +136,7 @@ def union_figure(study: Study) -> Figure | None:
             axes.set_xlabel("neighbouring tokens")
             axes.set_title("First layer" if first else "Mean of the other layers")
             if ends:
-                label_ends(axes, 32.0, ends, height=2.4)
+                label_ends(axes, points[-1][0], ends, height=2.4)
 
     caption = (
         "Size of the union of the blocks that neighbouring tokens select, in blocks, under sparse inference. One token "
