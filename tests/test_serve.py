@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from ssa import restore
 from ssa.cli import main
 from ssa.data.tokenizer import begin_with_bos, load_tokenizer, train_tokenizer
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.opening import open_model
 
 for package in ("fastapi", "uvicorn", "openai"):
@@ -28,29 +32,34 @@ CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% 
 SPARSE = {"mode": "sparse", "num_blocks": 1, "block_size": 4}
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"vocab_size": 300, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with a tokenizer that has a chat template; wide weights, so that the attention decides the text."""
-    path = tmp_path_factory.mktemp("served") / "tin"
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Our model and a Llama, both called tin; wide weights, so that the attention decides the text."""
     tokenizer = train_tokenizer([PROMPT], 300)
     tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=128, **sizes)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, None, 2
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    model.save_pretrained(path)
-    return path
+    found = {}
+    for kind, config in (("ours", SSAConfig(**SIZES, head_dim=8)), ("stock", LlamaConfig(**SIZES))):
+        path = tmp_path_factory.mktemp(kind) / "tin"
+        tokenizer.save_pretrained(path)
+        torch.manual_seed(0)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, None, 2
+        model = (SSAForCausalLM if kind == "ours" else LlamaForCausalLM)(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.4)
+        model.save_pretrained(path)
+        found[kind] = path
+    return found
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[str]:
-    """Address of a server in sparse mode."""
-    argv = ["serve", str(folder), "--port", "0", "--device", "cpu", "--mode", "sparse", "--num-blocks", "1"]
+def served(folders: dict[str, Path]) -> Iterator[str]:
+    """Address of ``ssa serve`` in a process of its own, with our model in sparse mode."""
+    argv = ["serve", str(folders["ours"]), "--port", "0", "--device", "cpu", "--mode", "sparse", "--num-blocks", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ssa", *argv, "--block-size", "4"], stdout=subprocess.PIPE, text=True
     )
@@ -60,6 +69,29 @@ def server(folder: Path) -> Iterator[str]:
     yield line.split()[-1]
     process.terminate()
     assert process.wait(20) in (0, -15)
+
+
+@pytest.fixture(scope="module")
+def in_thread(folders: dict[str, Path]) -> str:
+    """Address of the same server in a thread of this process, with the Llama."""
+    from ssa.serve import build_app, load, run
+
+    addresses: queue.Queue[str] = queue.Queue()
+    app = build_app(load(folders["stock"], **SPARSE))
+    threading.Thread(target=run, args=(app, "127.0.0.1", 0, addresses.put), daemon=True).start()
+    return addresses.get(timeout=30)
+
+
+@pytest.fixture(params=["ours", "stock"])
+def case(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[str, Path]:
+    """A server and its folder."""
+    server: str = request.getfixturevalue("served" if request.param == "ours" else "in_thread")
+    return server, folders[request.param]
+
+
+@pytest.fixture
+def server(served: str) -> str:
+    return served
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
@@ -84,7 +116,8 @@ def greedy(folder: Path, prompt: str, new: int, **attention: Any) -> str:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_completions_are_the_model_s_in_its_mode(server: str, folder: Path) -> None:
+def test_completions_are_the_model_s_in_its_mode(case: tuple[str, Path]) -> None:
+    server, folder = case
     body = {"model": "tin", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.0}
     status, text = ask(f"{server}/v1/completions", body)
     assert status == 200, text
@@ -94,7 +127,8 @@ def test_completions_are_the_model_s_in_its_mode(server: str, folder: Path) -> N
     assert answer["usage"]["completion_tokens"] == 12
 
 
-def test_streamed_completions_are_the_same(server: str) -> None:
+def test_streamed_completions_are_the_same(case: tuple[str, Path]) -> None:
+    server, _ = case
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0.0}
     whole = json.loads(ask(f"{server}/v1/completions", body)[1])["choices"][0]["text"]
     status, stream = ask(f"{server}/v1/completions", {**body, "stream": True})
@@ -105,7 +139,8 @@ def test_streamed_completions_are_the_same(server: str) -> None:
     assert text == whole.rstrip("\ufffd")  # a stream holds back bytes that are no character yet
 
 
-def test_an_openai_client_can_chat(server: str, folder: Path) -> None:
+def test_an_openai_client_can_chat(case: tuple[str, Path]) -> None:
+    server, folder = case
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
@@ -149,12 +184,26 @@ def test_what_is_refused_and_what_is_not_there(
     ],
 )
 def test_impossible_flags_are_refused(
-    folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", str(folder), "--device", "cpu", *flags]) == 2
+    assert main(["serve", str(folders["ours"]), "--device", "cpu", *flags]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_hub_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "owner/model"]) == 2
     assert "got no config.json" in capsys.readouterr().err
+
+
+def test_full_mode_needs_nothing_of_ours(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What any other engine serves: the weights of a stock model with our attention, without our keys."""
+    ids = torch.arange(1, 60).view(1, -1)
+    model = open_model(folders["stock"], mode="full")
+    with torch.no_grad():
+        expected = model(ids).logits
+        restore(model).save_pretrained(tmp_path)
+        config = (tmp_path / "config.json").read_text()
+        assert "ssa" not in config
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True)
+        assert plain.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-3)

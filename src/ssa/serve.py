@@ -94,9 +94,7 @@ def build_app(one: OneModel) -> FastAPI:
         if not one.processor.chat_template:
             raise HTTPException(400, f"{one.force_model} has no chat template; expected one; try /v1/completions")
         try:
-            prompt = one.processor.apply_chat_template(
-                body.get("messages"), return_dict=True, add_generation_prompt=True
-            )
+            prompt = one.processor.apply_chat_template(body["messages"], return_dict=True, add_generation_prompt=True)
         except Exception as error:  # whatever a template makes of other people's messages
             raise HTTPException(400, f"messages: {error}; expected a list of {{role, content}}") from error
         return await chat.handle_request(fit(body, one, prompt), _identity(request))
