@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +60,12 @@ def emulated_flash_backward(
         return torch.autograd.grad(again, x, d_out)
 
 
+def totals(kernel: row_kernels.RowKernel, d_out: Tensor, inputs: list[Tensor], results: Any) -> row_kernels.Totals:
+    found = row_kernels.Totals(*(torch.ones_like(x) for x in inputs))  # gradients are added to what is there
+    kernel.backward(d_out, *inputs, *results, ROWS, 0.4, found)
+    return found
+
+
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> row_kernels.RowKernel:
     class Aten:
@@ -88,7 +99,7 @@ def test_flash_gets_queries_with_their_prefix_of_keys(flash: row_kernels.RowKern
     results = flash.forward(*inputs, ROWS, 0.4), exact.forward(*inputs, ROWS, 0.4)
     weight = torch.randn_like(results[0][0])
     mine, theirs = (
-        (*result, *kernel.backward(weight, *inputs, *result, ROWS, 0.4))
+        (*result, *totals(kernel, weight, inputs, result))
         for result, kernel in zip(results, (flash, exact), strict=True)
     )
     for x, y in zip(mine, theirs, strict=True):
@@ -142,3 +153,11 @@ def test_cuda_backends_are_refused_on_a_cpu() -> None:
     for backend in ("cudnn", "flash"):
         with pytest.raises(BackendError, match="needs an NVIDIA GPU"):
             full_attention_rows(*qkv(LAYOUT), ROWS, LAYOUT, backend=backend)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_the_gpu_joins_as_the_reference_does() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("rows_triton_cases.py"))]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -14,7 +14,7 @@ from ssa.ops.dual.alignment import AlignmentSpec
 from ssa.ops.dual.passes import Streams
 from ssa.ops.dual.streams import Stream
 from ssa.ops.full.query_rows import QueryRows
-from ssa.ops.full.row_kernels import RowKernel
+from ssa.ops.full.row_kernels import RowKernel, Totals
 
 
 class Plan(NamedTuple):
@@ -81,10 +81,12 @@ class BothStreams(torch.autograd.Function):
             full_grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full)
             grads = full_grads if grads is None else tuple(a.add_(b) for a, b in zip(grads, full_grads, strict=True))
         elif plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
-            flats = (x.flatten(0, 1) for x in (q, k, v))
-            found = plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale)
             assert grads is not None, "rows are sampled where the sparse stream is main"
-            grads = _add_rows(grads, found, plan.rows)
+            wide = [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in grads[1:]]
+            totals = Totals(*(x.flatten(0, 1) for x in (grads[0], *wide)))
+            flats = (x.flatten(0, 1) for x in (q, k, v))
+            plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale, totals)
+            grads = grads[0], wide[0].to(k.dtype), wide[1].to(v.dtype)
         assert grads is not None, "the main stream has gradients"
         d_gate = None if gate is None or inflow.gate is None else inflow.gate.view(gate.shape)
         return *grads, d_gate, None, None
@@ -99,11 +101,3 @@ def _full_forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) 
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_empty(0, *q.shape[2:]), q.new_empty(0, q.shape[2], dtype=wide)
     return plan.row_kernel.forward(*(x.flatten(0, 1) for x in (q, k, v)), plan.rows, plan.scale)
-
-
-def _add_rows(grads: tuple[Tensor, ...], found: tuple[Tensor, ...], rows: QueryRows) -> tuple[Tensor, ...]:
-    """Sums of the sparse stream's gradients and the sampled rows' wide ones, rounded once."""
-    dq, *rest = grads
-    index, flat_dq = rows.index(dq.device), dq.flatten(0, 1)
-    flat_dq.index_copy_(0, index, found[0].add_(flat_dq.index_select(0, index)).to(dq.dtype))
-    return dq, *(wide.view(g.shape).add_(g).to(g.dtype) for g, wide in zip(rest, found[1:], strict=True))

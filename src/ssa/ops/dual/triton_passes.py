@@ -124,9 +124,10 @@ def forward(x: Streams, lse_full: Tensor, lse_sparse: Tensor) -> tuple[Tensor, T
     main = x.full if x.main == "full" else x.sparse
     out = main if x.gate is None else torch.empty_like(x.sparse)
     part = torch.empty(2, programs, dtype=torch.float32, device=x.sparse.device)
-    forward_kernel[(programs,)](
-        *tensors, lse_full.contiguous(), lse_sparse.contiguous(), out, part, rows, programs, **constants
-    )
+    with torch.cuda.device_of(out):
+        forward_kernel[(programs,)](
+            *tensors, lse_full.contiguous(), lse_sparse.contiguous(), out, part, rows, programs, **constants
+        )
     distance, mass = (part.sum(1) / x.elements).unbind()
     return out, distance, mass * x.full.shape[2]
 
@@ -141,8 +142,9 @@ def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:
         None if x.gate is None else torch.empty(x.gate.shape, dtype=x.gate.dtype, device=x.gate.device),
     )
     d_gate = inflow.sparse if inflow.gate is None else inflow.gate
-    backward_kernel[(programs,)](
-        *tensors, d_out, d_loss, inflow.full, inflow.sparse, d_gate, rows, x.spec.weight / x.elements,
-        *d_out.stride()[:2], **constants, PULL_FULL=x.pulls_full, PULL_SPARSE=x.pulls_sparse,
-    )  # fmt: skip
+    with torch.cuda.device_of(d_out):
+        backward_kernel[(programs,)](
+            *tensors, d_out, d_loss, inflow.full, inflow.sparse, d_gate, rows, x.spec.weight / x.elements,
+            *d_out.stride()[:2], **constants, PULL_FULL=x.pulls_full, PULL_SPARSE=x.pulls_sparse,
+        )  # fmt: skip
     return inflow

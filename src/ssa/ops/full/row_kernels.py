@@ -10,12 +10,15 @@ Backward needs nothing of the kind: a flash backward rebuilds probabilities as `
 ``sum(d_out * out)``. Given the *merged* out and lse, each part returns its exact share of the gradients.
 
 Shapes: N flat rows, R rows of the subset, H query heads, K key-value heads, D head dim; n documents, W rows of a
-window, L keys. The gradients of k and v are added up in float32 (float64 for float64 inputs).
+window, L keys. Gradients are added to what is there: to that of q in its dtype, rounded once a row, and to those of k
+and v, to which every window adds, in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -29,10 +32,18 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 class RowKernel(NamedTuple):
     """``forward(q, k, v, rows, scale)``: out ``[R, H, D]`` and log-sum-exp ``[R, H]`` of flat ``q [N, H, D]``, k, v.
-    ``backward(d_out, q, k, v, out, lse, rows, scale)``: wide gradients ``[R, H, D]``, ``[N, K, D]``, ``[N, K, D]``."""
+    ``backward(d_out, q, k, v, out, lse, rows, scale, totals)`` adds to the :class:`Totals`."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Gradients]
+    backward: Callable[..., None]
+
+
+class Totals(NamedTuple):
+    """Gradients that are added to: ``dq [N, H, D]`` in the dtype of q, wide ``dk`` and ``dv`` ``[N, K, D]``."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -82,48 +93,75 @@ def _cpu_backward(
 
 
 # ---------------------------------------------------------------------- windows as rectangles and squares
+def merge(out: Tensor, lse: Tensor, past: Tensor, past_lse: Tensor) -> None:
+    """Join ``past`` and ``past_lse``, the results over earlier keys, into ``out [W, H, D]`` and ``lse [W, H]``."""
+    total = torch.logaddexp(lse, past_lse)
+    own, before = ((x - total).exp_()[..., None] for x in (lse, past_lse))
+    out.copy_((own * out).addcmul_(before, past.to(own.dtype)))
+    lse.copy_(total)
+
+
+def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> None:
+    """Add one or two ``[W, H, D]`` to the rows ``index`` of ``target [N, H, D]``, rounded once. No row comes twice."""
+    total = target.index_select(0, index).to(_wide(target)) + square
+    target.index_copy_(0, index, (total if past is None else total + past).to(target.dtype))
+
+
+@cache
+def _joints(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
+    """:func:`merge` and :func:`add` for a device."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return merge, add
+    from ssa.ops.full import triton_rows
+
+    return triton_rows.merge, triton_rows.add
+
+
 def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Gradients]) -> RowKernel:
     """Kernel of windows from one of rectangles. Windows of one size share a call for their squares."""
 
     def rows_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float) -> tuple[Tensor, Tensor]:
         query, key, value = (x.index_select(0, rows.index(q.device)) for x in (q, k, v))
-        out, lse = torch.empty_like(query), torch.empty(query.shape[:2], dtype=_wide(q), device=q.device)
-        past, past_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
+        outs, lses = [], []
         for size, span in rows.squares():
             o, l = forward(*(x[span].unflatten(0, (-1, size)) for x in (query, key, value)), True, scale)
-            out[span], lse[span] = o.flatten(0, 1), l.flatten(0, 1)
+            outs.append(o.flatten(0, 1))
+            lses.append(l.flatten(0, 1))
+        out, lse = (x[0].contiguous() if len(x) == 1 else torch.cat(x) for x in (outs, lses))
+        join, _ = _joints(q.device)
         for w, span in rows.spans():
             if w.begin:
-                o, l = forward(
+                past, past_lse = forward(
                     query[span].unflatten(0, (w.documents, -1)), w.keys(k, w.begin), w.keys(v, w.begin), False, scale
                 )
-                past[span], past_lse[span] = o.flatten(0, 1), l.flatten(0, 1)
-        total = torch.logaddexp(lse, past_lse)
-        own, before = ((x - total).exp_()[..., None] for x in (lse, past_lse))
-        return (own * out).addcmul_(before, past.to(own.dtype)).to(q.dtype), total
+                join(out[span], lse[span], past.flatten(0, 1), past_lse.flatten(0, 1))
+        return out, lse
 
     def rows_backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-    ) -> Gradients:
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
+        totals: Totals,
+    ) -> None:  # fmt: skip
         index = rows.index(q.device)
         query, key, value = (x.index_select(0, index) for x in (q, k, v))
-        dq = torch.empty(query.shape, dtype=_wide(q), device=q.device)
-        dk, dv = (torch.zeros(x.shape, dtype=_wide(q), device=q.device) for x in (k, v))
+        squares = []
         for size, span in rows.squares():
             parts = (x[span].unflatten(0, (-1, size)) for x in (d_out, query, key, value, out, lse))
-            grads = [g.flatten(0, 1).to(dq.dtype) for g in backward(*parts, True, scale)]
-            dq[span] = grads[0]
-            for total, grad in ((dk, grads[1]), (dv, grads[2])):
-                total.index_copy_(0, index[span], grad)
+            dq, dk, dv = (g.flatten(0, 1) for g in backward(*parts, True, scale))
+            squares.append(dq)
+            for total, grad in ((totals.dk, dk), (totals.dv, dv)):
+                total.index_add_(0, index[span], grad.to(total.dtype))
+        square_dq = squares[0] if len(squares) == 1 else torch.cat(squares)
+        _, join = _joints(q.device)
         for w, span in rows.spans():
+            past_dq = None
             if w.begin:
                 do_, q_, out_, lse_ = (x[span].unflatten(0, (w.documents, -1)) for x in (d_out, query, out, lse))
                 keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
-                grads = list(backward(do_, q_, keys, values, out_, lse_, False, scale))
-                dq[span] += grads[0].flatten(0, 1)
-                for total, grad in ((dk, grads[1]), (dv, grads[2])):
-                    w.keys(total, w.begin).add_(grad)
-        return dq, dk, dv
+                past_dq, past_dk, past_dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
+                past_dq = past_dq.flatten(0, 1)
+                w.keys(totals.dk, w.begin).add_(past_dk)
+                w.keys(totals.dv, w.begin).add_(past_dv)
+            join(totals.dq, index[span], square_dq[span], past_dq)
 
     return RowKernel(rows_forward, rows_backward)
 
@@ -161,21 +199,20 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: floa
 
 
 def _flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-) -> Gradients:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
+    totals: Totals,
+) -> None:  # fmt: skip
     x = _varlen(rows, q.device)
     query, key, value = q.index_select(0, rows.index(q.device)), *(y.index_select(0, x.key_rows) for y in (k, v))
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state, unused
     unused = torch.empty(0, device=q.device)
-    dq, *grads = aten._flash_attention_backward(
+    dq, dk, dv = aten._flash_attention_backward(
         d_out, query, key, value, out, lse.t().contiguous(), x.queries, x.keys, *x.longest, 0.0, True, state, unused,
         scale=scale,
     )  # fmt: skip
-    dk, dv = (
-        torch.zeros(y.shape, dtype=torch.float32, device=q.device).index_add_(0, x.key_rows, g.float())
-        for y, g in zip((k, v), grads, strict=True)
-    )
-    return dq.float(), dk, dv
+    for total, grad in ((totals.dk, dk), (totals.dv, dv)):
+        total.index_add_(0, x.key_rows, grad.to(total.dtype))
+    _joints(q.device)[1](totals.dq, rows.index(q.device), dq, None)
 
 
 # ---------------------------------------------------------------------- plain PyTorch: the specification
@@ -200,20 +237,20 @@ def _reference_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: 
 
 
 def _reference_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-) -> Gradients:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
+    totals: Totals,
+) -> None:  # fmt: skip
     q_, k_, v_, do_, out_ = (x.to(_wide(q)) for x in (q, k, v, d_out, out))
     query, K = q_.index_select(0, rows.index(q.device)), k.shape[1]
-    dq, dk, dv = torch.empty_like(query), torch.zeros_like(k_), torch.zeros_like(v_)
     for w, span in rows.spans():
         probability = _logits(w, span, query, k_, scale).softmax(-1)
         grouped = [x[span].unflatten(0, (w.documents, -1)).unflatten(2, (K, -1)) for x in (do_, query, out_)]
         delta = (grouped[0] * grouped[2]).sum(-1).permute(0, 2, 3, 1)[..., None]  # [n, K, G, W, 1]
         d_logits = probability * (torch.einsum("nwkgd,nlkd->nkgwl", grouped[0], w.keys(v_, w.end)) - delta) * scale
-        dq[span] = torch.einsum("nkgwl,nlkd->nwkgd", d_logits, w.keys(k_, w.end)).flatten(2, 3).flatten(0, 1)
-        w.keys(dk, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", d_logits, grouped[1]))
-        w.keys(dv, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", probability, grouped[0]))
-    return dq, dk, dv
+        dq = torch.einsum("nkgwl,nlkd->nwkgd", d_logits, w.keys(k_, w.end)).flatten(2, 3).flatten(0, 1)
+        add(totals.dq, rows.index(q.device)[span], dq, None)
+        w.keys(totals.dk, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", d_logits, grouped[1]))
+        w.keys(totals.dv, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", probability, grouped[0]))
 
 
 CUDNN = _rectangles(_cudnn_forward, _cudnn_backward)
