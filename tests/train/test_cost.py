@@ -20,6 +20,7 @@ from ssa.train.cost import (
     count_parameters,
     estimate_memory,
     matrix_parameters,
+    must_recompute,
     peak_flops,
     step_flops,
     step_pairs,
@@ -102,6 +103,17 @@ def test_smaller_choices_are_estimated_smaller_and_advised() -> None:
         assert f"training.{key}: {str(value).lower()} (estimate {less / GIB:.1f} GiB)" in text
     least = load_recipe("1b/ssa", {"training.micro_batch_rows": 1, "training.activation_checkpointing": True})
     assert "more GPUs" in advise(least, config, 1)
+
+
+def test_activations_are_recomputed_where_the_recipe_says_so_or_memory_is_short() -> None:
+    recipe = load_recipe("1b-32k/ssa")
+    config, needed = recipe.model_config(), int(estimate_memory(recipe, recipe.model_config()).total)
+    assert must_recompute(recipe, config, 1, needed)
+    assert not must_recompute(recipe, config, 1, 2 * needed)
+    assert not must_recompute(recipe, config, 1, None)
+    for said in (False, True):
+        told = load_recipe("1b-32k/ssa", {"training.activation_checkpointing": said})
+        assert must_recompute(told, config, 1, 1) == said
 
 
 def test_the_summary_leaves_out_splits_that_do_not_exist() -> None:

@@ -29,7 +29,7 @@ from ssa.documents import DocumentLayout
 from ssa.errors import NumericError
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.build import compile_layers, recompute_activations
-from ssa.train.cost import GIB, attended_pairs, estimate_memory, step_flops
+from ssa.train.cost import GIB, attended_pairs, must_recompute, step_flops
 from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, gradient_norm
 from ssa.train.recipe import Recipe
 from ssa.train.recipe_file import load_recipe
@@ -38,7 +38,6 @@ from ssa.train.streams import Stream
 from ssa.train.world import autocast
 
 H200_FLOPS = 790e12  # what large bfloat16 products reach on an H200; the targets are stated against it
-MEMORY_SHARE = 0.92  # of the device, that an estimate may take before activations are recomputed
 VOCABULARY = 512  # where the recipe leaves it to the data
 SUBSAMPLING = "align_query_fraction"
 
@@ -210,13 +209,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _fits(recipe: Recipe, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True
-    room = torch.cuda.get_device_properties(device).total_memory
-    return estimate_memory(recipe, recipe.model_config(VOCABULARY)).total <= MEMORY_SHARE * room
-
-
 def time_size(steps: Steps, size: Size, say: Callable[[str], None]) -> list[Record]:
     """Records of one batch size, a variant each."""
     device, config = steps.device, steps.model.config
@@ -280,8 +272,10 @@ def run(name: str, command: str, device: torch.device, say: Callable[[str], None
     if not all(record["ok"] for record in result["check"]):
         return result
     steps = Steps(sized_recipe(suite, suite.sizes[-1]), device)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     for size in suite.sizes:
-        if not _fits(sized_recipe(suite, size), device):
+        recipe = sized_recipe(suite, size)
+        if must_recompute(recipe, recipe.model_config(VOCABULARY), 1, memory):
             recompute_activations(steps.model)
         result["cases"] += time_size(steps, size, say)
         if device.type == "cuda":

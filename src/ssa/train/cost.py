@@ -20,6 +20,7 @@ from ssa.train.sharding import resolve_shard
 from ssa.train.streams import Stream
 
 GIB = 2**30
+MEMORY_SHARE = 0.9  # of a GPU that an estimate may take; the rest is for fragments and the libraries
 
 #: Dense bfloat16 TFLOP/s by a part of the device's name, the first that fits. H200: what large matrix products reach
 #: on it; the others: the vendor's figure without sparsity.
@@ -147,9 +148,20 @@ def estimate_memory(recipe: Recipe, config: SSAConfig, processes: int = 1) -> Me
         moments=8.0 * parameters / shard,
         gradients=gradients,
         compute=compute,
-        activations=tokens * _activation_bytes(config, low, training.activation_checkpointing),
+        activations=tokens * _activation_bytes(config, low, bool(training.activation_checkpointing)),
         logits=_logit_bytes(config, tokens, low, compiled=training.compile is not False),
     )
+
+
+def must_recompute(recipe: Recipe, config: SSAConfig, processes: int, memory: int | None) -> bool:
+    """Whether to recompute activations: as the recipe says, or where the estimate does not fit a GPU without.
+
+    Args:
+        memory: bytes of each GPU; None: of a CPU, which is not asked.
+    """
+    if recipe.training.activation_checkpointing is not None:
+        return recipe.training.activation_checkpointing
+    return memory is not None and estimate_memory(recipe, config, processes).total > MEMORY_SHARE * memory
 
 
 def _activation_bytes(config: SSAConfig, low: int, recomputes: bool) -> float:

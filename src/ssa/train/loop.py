@@ -29,7 +29,7 @@ from ssa.train.build import (
     read_validation_rows,
     recompute_activations,
 )
-from ssa.train.cost import advise, step_flops, step_pairs
+from ssa.train.cost import advise, must_recompute, step_flops, step_pairs
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
 from ssa.train.interrupt import Interrupt
@@ -162,8 +162,11 @@ class Trainer:
         if folder.start is not None:
             load_model_tensors(model, checkpoint.read_tensors(folder.start, MODEL), f"{folder.start / MODEL}")
         model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
-        if training.activation_checkpointing:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        if must_recompute(recipe, model.config, size, memory):
             recompute_activations(model)
+            if ranks.leads and training.activation_checkpointing is None:
+                say("ssa train: activations are recomputed, since they would not fit (ssa doctor RECIPE)")
         if training.compile or (training.compile is None and device.type == "cuda"):
             compile_layers(model)
         self.copies = 1  # ranks that hold each part of the gradients

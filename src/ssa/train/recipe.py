@@ -151,7 +151,7 @@ class TrainingSection:
             not the result.
         precision: bf16 runs autocast with weights and optimiser in fp32.
         activation_checkpointing: recompute activations in the backward pass, all but attention's; less memory, more
-            time.
+            time. None: where the estimate says that a GPU of this run has too little memory.
         compile: torch.compile everything but attention, which follows each batch's documents; None: on a GPU.
         device: auto, cpu, cuda or cuda:N (one process only).
         shard: processes that share one copy of weights, gradients and moments; divides their number. None: all of
@@ -171,7 +171,7 @@ class TrainingSection:
     rows_per_step: int
     micro_batch_rows: int
     precision: Precision = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = None
     compile: bool | None = None
     device: str = "auto"
     shard: int | None = None
