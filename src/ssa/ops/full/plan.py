@@ -10,7 +10,7 @@ counts. Kernels differ in what they make of documents of mixed lengths:
 ``flash``   one call for all documents where they lie.
 
 cuDNN builds a plan for every new (documents, length) of a call, tens of milliseconds each. So that packed training
-meets few of them, both numbers come from short ladders, except where a batch has only a few runs of equal lengths.
+meets few of them, both numbers come from short ladders, except where all documents of a batch are equally long.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 Direction = Literal["forward", "backward"]
 TILE = 128  # tokens that a kernel's program computes at once
-EXACT_RUNS = 4  # a batch of at most so many runs of equally long documents is served at its exact shapes
 
 
 class Rate(NamedTuple):
@@ -173,7 +172,7 @@ def _plan_cudnn(lengths: tuple[int, ...], shape: Shape, rate: Rate, bytes_per_to
     for length, count in runs:
         documents = [(length, row + i * length) for i in range(count)]
         row += length * count
-        exact = len(runs) <= EXACT_RUNS and length > 1  # cuDNN refuses batches of length 1
+        exact = len(runs) == 1 and length > 1  # cuDNN refuses batches of length 1
         if not exact and padded_length(length) != length:
             loose += documents
             continue
