@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from hashlib import blake2b
 
 from ssa.documents import DocumentLayout
@@ -62,10 +63,15 @@ def choose_rows(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) 
 
 def _choose_tiles(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) -> QueryRows:
     """Strata over documents: tiles of up to TILE rows in the order of the batch; the last stratum may be short."""
-    found, row = [], 0
-    for length in layout.lengths:
-        found += [Window(row, 1, length, a, min(a + TILE, length)) for a in range(0, length, TILE)]
-        row += length
-    strata = range(-(-len(found) // tiles))
-    numbers = (stratum * tiles + pick(stratum) for stratum in strata)
+    found = _tiles(layout.lengths, TILE)
+    numbers = (stratum * tiles + pick(stratum) for stratum in range(-(-len(found) // tiles)))
     return QueryRows(tuple(found[i] for i in numbers if i < len(found)))
+
+
+@lru_cache(maxsize=8)  # all layers of a batch ask for the same
+def _tiles(lengths: tuple[int, ...], size: int) -> tuple[Window, ...]:
+    found, row = [], 0
+    for length in lengths:
+        found += [Window(row, 1, length, a, min(a + size, length)) for a in range(0, length, size)]
+        row += length
+    return tuple(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
@@ -34,10 +34,23 @@ class Window(NamedTuple):
         """Rows in one document."""
         return self.end - self.begin
 
+    def documents_first(self) -> range:
+        """Flat row where each of the documents begins."""
+        return range(self.first, self.first + self.documents * self.length, self.length)
+
     def keys(self, x: Tensor, stop: int) -> Tensor:
         """The first ``stop`` rows of each document, ``[documents, stop, ...]``, of a flat ``x [N, ...]``; a view."""
         rows = x[self.first : self.first + self.documents * self.length]
         return rows.unflatten(0, (self.documents, self.length))[:, :stop]
+
+
+def ranges(spans: Sequence[tuple[int, int]]) -> Tensor:
+    """int64: the numbers from each first, as many as its size says, one after another; ``spans`` of (first, size)."""
+    if not spans:
+        return torch.empty(0, dtype=torch.int64)
+    first, size = torch.tensor(spans, dtype=torch.int64).unbind(1)
+    ends = size.cumsum(0)
+    return torch.arange(int(ends[-1])) + (first - ends + size).repeat_interleave(size)
 
 
 @dataclass(frozen=True)
@@ -71,14 +84,8 @@ class QueryRows:
     def index(self, device: torch.device) -> Tensor:
         """int64 ``[R]``: flat row of each row of the subset."""
 
-        def make() -> Tensor:
-            parts = [
-                (w.first + w.length * torch.arange(w.documents)[:, None] + torch.arange(w.begin, w.end)).flatten()
-                for w in self.windows
-            ]
-            return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-        return self.on(device, "index", make)
+        spans = [(first + w.begin, w.size) for w in self.windows for first in w.documents_first()]
+        return self.on(device, "index", lambda: ranges(spans))
 
     def place(self, total: int, device: torch.device) -> Tensor:
         """int32 ``[total]``: row of the subset of each flat row, -1 outside."""
@@ -100,7 +107,7 @@ class QueryRows:
         starts = dict(zip(accumulate(layout.lengths, initial=0), layout.lengths, strict=False))
         taken: dict[int, list[tuple[int, int]]] = {}
         for w in self.windows:
-            documents = [w.first + i * w.length for i in range(w.documents)]
+            documents = w.documents_first()
             if not 0 <= w.begin < w.end <= w.length or any(starts.get(d) != w.length for d in documents):
                 raise InputError(f"{where}.rows", repr(w), "a window inside documents of the layout")
             for d in documents:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssa.ops.full.query_rows import QueryRows, Window
+from ssa.ops.full.query_rows import QueryRows, Window, ranges
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -177,14 +177,14 @@ class _Varlen(NamedTuple):
 
 
 def _varlen(rows: QueryRows, device: torch.device) -> _Varlen:
-    single = [(w.first + i * w.length, w) for w in rows.windows for i in range(w.documents)]
+    single = [(first, w) for w in rows.windows for first in w.documents_first()]
 
     def offsets(sizes: list[int]) -> Tensor:
         return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
 
     queries = rows.on(device, "queries", lambda: offsets([w.size for _, w in single]))
     keys = rows.on(device, "keys", lambda: offsets([w.end for _, w in single]))
-    key_rows = rows.on(device, "key rows", lambda: torch.cat([torch.arange(d, d + w.end) for d, w in single]))
+    key_rows = rows.on(device, "key rows", lambda: ranges([(first, w.end) for first, w in single]))
     return _Varlen(queries, keys, key_rows, (max(w.size for _, w in single), max(w.end for _, w in single)))
 
 
