@@ -77,7 +77,7 @@ def study(tmp_path, add):
     for seed in (0, 1, 2):
         for method in ("ssa", "full", "moba", "nsa"):
             add(method, seed)
-        add("ssa-1-8", seed, "fraction")
+        add("sampled-8", seed, "fraction")
     add("alpha-160", 0, "ablation", overrides={"model.alignment_weight": 160.0})
     add("sparsity-only", 0, "ablation", "diverged", message="step 9: got NaN")
     add("raw", 0, "ablation", "failed", message="out of memory")

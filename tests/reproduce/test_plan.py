@@ -12,7 +12,7 @@ def test_core_methods_come_first_seed_by_seed():
     assert [(p.variant, p.seed) for p in found[:5]] == [("ssa", 0), ("full", 0), ("moba", 0), ("nsa", 0), ("ssa", 1)]
     roles = [p.role for p in found]
     assert roles == sorted(roles, key=["core", "fraction", "ablation"].index)
-    assert roles.count("core") == 12
+    assert (roles.count("core"), roles.count("fraction")) == (12, 9)
     assert len({p.name for p in found}) == len(found)
 
 
@@ -29,9 +29,19 @@ def test_every_piece_has_a_valid_recipe_and_plan(scale):
 def test_ablations_change_what_their_recipes_change():
     found = {p.variant: p for p in pieces(SCALES["small"], (0,))}
     base = load_recipe("small/ssa").model
-    for name in ("alpha-160", "official-top-k", "sparsity-only", "blocks-8x32", "l2", "p-0"):
+    for name in (
+        "alpha-160",
+        "official-top-k",
+        "sparsity-only",
+        "blocks-8x32",
+        "l2",
+        "p-0",
+        "sampled-8",
+        "layer-streams",
+    ):
         ablation, own = load_recipe(f"ablations/{name}").model, found[name].load("x", "cpu").model
-        for key in ("alignment_weight", "selection_rule", "alignment_directions", "block_size", "num_blocks"):
+        keys = ("alignment_weight", "selection_rule", "alignment_directions", "align_query_fraction")
+        for key in (*keys, "stream_per_layer", "block_size", "num_blocks"):
             assert getattr(own, key) == getattr(ablation, key), (name, key)
         assert own.hidden_size == base.hidden_size
 

@@ -62,6 +62,7 @@ ABLATED: dict[str, tuple[str, ...]] = {
     "no-alignment": ("alignment_weight",),
     "sparsity-only": ("alignment_directions",),
     "commitment-only": ("alignment_directions",),
+    "layer-streams": ("stream_per_layer",),
     "raw": ("align_on",),
     "l2": ("alignment_distance", "alignment_weight"),
     "blocks-8x16": ("num_blocks",),

@@ -38,6 +38,8 @@ class SSAConfig(LlamaConfig):
         budgets: blocks per query of each layer in the place of ``num_blocks``: an integer, or one for each KV head.
         window_size: tokens of NSA's sliding window.
         full_probability: chance that a training step's main stream is full attention (p_FA).
+        stream_per_layer: draw the main stream for each layer instead of each step: an ablation, which needs
+            ``sample_seed`` in training.
         alignment_weight, alignment_distance, align_on, alignment_directions: see :class:`ssa.ops.AlignmentSpec`.
         align_query_fraction: its ``query_fraction``.
         inference_mode: ``"full"`` or ``"sparse"``; may be changed at any time, as may ``num_blocks``.
@@ -63,6 +65,7 @@ class SSAConfig(LlamaConfig):
     selection_rule: str = "exact"
     window_size: int = 128
     full_probability: float | None = None
+    stream_per_layer: bool = False
     alignment_weight: float | None = None
     alignment_distance: str = "smooth_l1"
     align_on: str = "gated"

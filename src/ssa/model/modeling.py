@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H query heads, K key-value heads, D head dim, C hidde
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -141,13 +142,20 @@ class SSAAttention(nn.Module):
             k,
             v,
             gate,
-            call.main,
+            self._main(call),
             spec=self.config.sparse_spec(self.layer_index),
             alignment=call.alignment,
             layout=call.layout,
             seed=None if call.seed is None else call.seed + self.layer_index,
         )
         return out, None, alignment
+
+    def _main(self, call: AttentionCall) -> Stream:
+        """The step's main stream, or this layer's own (an ablation); a pure function of the seed, so recomputable."""
+        if not self.config.stream_per_layer or call.seed is None:
+            return call.main
+        draw = random.Random(f"stream {call.seed} {self.layer_index}").random()
+        return "full" if draw < float(self.config.full_probability or 0.0) else "sparse"
 
     def _single_stream(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         spec, heads = self.config.sparse_spec(self.layer_index), self.config.head_budgets(self.layer_index)

@@ -12,7 +12,7 @@ from ssa.report.claims import label, relative_percent, shown, signed
 from ssa.report.intervals import interval, paired
 from ssa.report.study import Measure, Study
 
-FRACTIONS = {"ssa": "1 (exact)", "ssa-1-4": "1/4", "ssa-1-8": "1/8", "ssa-1-16": "1/16"}
+FRACTIONS = {"ssa": "1 (exact)", "sampled-4": "1/4", "sampled-8": "1/8", "sampled-16": "1/16"}
 
 
 @dataclass(frozen=True)

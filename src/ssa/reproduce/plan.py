@@ -16,11 +16,13 @@ from ssa.train.recipe_file import load_recipe
 Role = Literal["core", "fraction", "ablation"]
 
 METHODS = ("ssa", "full", "moba", "nsa")
-FRACTIONS = {"ssa-1-8": 1 / 8, "ssa-1-4": 1 / 4, "ssa-1-16": 1 / 16}
+#: Shipped recipes of `ablations/` that align on a fraction of the queries.
+FRACTIONS = ("sampled-8", "sampled-4", "sampled-16")
 #: Shipped recipes of `ablations/`, in order of importance.
 ABLATIONS = (
     "sparsity-only",
     "commitment-only",
+    "layer-streams",
     "no-alignment",
     "alpha-160",
     "official-top-k",
@@ -154,10 +156,9 @@ def _pieces(scale: Scale, seeds: tuple[int, ...]) -> Iterator[Piece]:
     for seed in seeds:
         for method in METHODS:
             yield Piece(method, seed, "core", f"{scale.name}/{method}")
-    if any(item.name == "align_query_fraction" for item in dataclasses.fields(ModelSection)):
-        for seed in seeds:
-            for name, fraction in FRACTIONS.items():
-                yield Piece(name, seed, "fraction", ssa, {"model.align_query_fraction": fraction})
+    for seed in seeds:
+        for name in FRACTIONS:
+            yield Piece(name, seed, "fraction", ssa, _overrides(name, scale))
     for name in ABLATIONS:
         yield Piece(name, seeds[0], "ablation", ssa, _overrides(name, scale))
 

@@ -71,6 +71,7 @@ class ModelSection:
         local_blocks: most recent blocks that are always read.
         window_size: tokens of NSA's sliding window.
         full_probability: chance in [0, 1] that a step's main stream is full attention; None: the method's.
+        stream_per_layer: draw the main stream for each layer instead of each step (an ablation).
         alignment_weight: alpha, factor on the alignment loss; None: the method's.
         alignment_distance: distance between the two streams' outputs.
         align_on: compare outputs after (gated) or before (raw) the gate.
@@ -104,6 +105,7 @@ class ModelSection:
     local_blocks: int = 1
     window_size: int = 128
     full_probability: float | None = None
+    stream_per_layer: bool = False
     alignment_weight: float | None = None
     alignment_distance: Distance = "smooth_l1"
     align_on: AlignOn = "gated"
