@@ -1,4 +1,4 @@
-"""Train a tiny SSA model on text files: ``python examples/tiny_training.py FOLDER`` writes FOLDER/data and FOLDER/run."""
+"""Train a tiny SSA model on text: ``python examples/tiny_training.py FOLDER`` writes FOLDER/data and FOLDER/run."""
 
 import email
 import sys
@@ -22,7 +22,7 @@ recipe = load_recipe(
         "model.num_hidden_layers": 2,
         "model.head_dim": 8,
         "model.max_position_embeddings": 512,
-        "training.steps": 20,
+        "training.steps": 10,
         "training.device": "cpu",
         "training.validate_rows": 4,
     },
