@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Generated:
         prefill_seconds: until the first new token; decode_seconds: from there to the last one.
         attention: mode and budget in words.
         dropped_mass: mean over layers, heads and decoded tokens, if asked for: the share of full attention's mass that
-            the chosen blocks leave out.
+            the chosen blocks leave out; blocks_taken: mean number of blocks that a query read.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Generated:
     decode_seconds: float
     attention: str
     dropped_mass: float | None = None
+    blocks_taken: float | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -63,6 +65,8 @@ def generate(
     tokenizer: Any = None,
     mode: str | None = None,
     num_blocks: int | None = None,
+    max_dropped_mass: float | None = None,
+    flavour: str | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
     top_p: float = 0.95,
@@ -79,6 +83,8 @@ def generate(
         model: a run folder, a model folder or an opened model (which keeps the mode and budget given here).
         tokenizer: of an opened model; that of the folder otherwise.
         mode: ``"full"`` or ``"sparse"``; num_blocks: blocks per query; None: the model's.
+        max_dropped_mass: an adaptive budget: as many blocks as it takes, up to ``num_blocks`` if that is given;
+            flavour: ``"estimated"`` or ``"certified"``. See :class:`ssa.ops.SparseSpec`.
         max_new_tokens: at most so many.
         temperature: 0 takes the most probable token each time; top_p: nucleus of the sampling; seed: of the sampling.
         stop: end after this text, or one of several.
@@ -103,7 +109,8 @@ def generate(
     given: dict[str, Any] = {} if cache is None else {CACHE_NAME: cache}
     if stop:
         given |= {"stop_strings": stop, "tokenizer": tokenizer}
-    with torch.no_grad():
+    with torch.no_grad(), _adaptive(network, num_blocks, max_dropped_mass, flavour):
+        attention = attention_in_words(network)
         out: Tensor = network.generate(  # type: ignore[operator]  # mypy takes it for a submodule or tensor
             ids,
             attention_mask=torch.ones_like(ids),
@@ -122,8 +129,9 @@ def generate(
         new_tokens=new,
         prefill_seconds=streamer.first - streamer.started,
         decode_seconds=streamer.last - streamer.first,
-        attention=attention_in_words(network),
+        attention=attention,
         dropped_mass=None if cache is None else cache.dropped_mass(),
+        blocks_taken=None if cache is None else cache.blocks_taken(),
     )
 
 
@@ -169,6 +177,18 @@ def _opened(
         return set_attention(model, mode=mode, num_blocks=num_blocks), tokenizer
     network = open_model(model, mode=mode, num_blocks=num_blocks, device=default_device(device))
     return network, tokenizer or begin_with_bos(load_tokenizer(str(model_folder(model))))
+
+
+def _adaptive(
+    network: PreTrainedModel, num_blocks: int | None, limit: float | None, flavour: str | None
+) -> AbstractContextManager[object]:
+    if limit is None:
+        if flavour is not None:
+            raise ConfigError("--flavour", repr(flavour), "--max-dropped-mass beside it")
+        return nullcontext()
+    if not isinstance(network, SSAForCausalLM):
+        raise ConfigError("--max-dropped-mass", f"a model of type {network.config.model_type}", "a model of ours")
+    return network.attention_mode(num_blocks=num_blocks, max_dropped_mass=limit, flavour=flavour)
 
 
 def _check_room(network: PreTrainedModel, prompt: int, new: int) -> None:

@@ -59,7 +59,19 @@ def test_budget_mass_and_chunks(folder, opened, capsys):
     out, err = capsys.readouterr()
     assert out == expected(opened, "sparse", num_blocks=2) + "\n"
     assert "2 blocks of 4 tokens" in err
-    assert 0 < float(err.split("mean dropped mass ")[1].rstrip("]\n")) < 1
+    assert 0 < float(err.split("mean dropped mass ")[1].split()[0]) < 1
+    assert "with 2.0 blocks a query" in err
+
+
+@pytest.mark.parametrize("flavour", ["estimated", "certified"])
+def test_adaptive_budget(flavour, folder, capsys):
+    flags = ["--max-dropped-mass", "0.2", "--flavour", flavour, "--report-mass", "--max-new-tokens", "12"]
+    assert main(["generate", str(folder), "--prompt", PROMPT, *flags]) == 0
+    err = capsys.readouterr().err
+    assert f"dropped mass 0.2 at most ({flavour})" in err
+    assert float(err.split("mean dropped mass ")[1].split()[0]) < (0.2 if flavour == "certified" else 0.4)
+    assert main(["generate", str(folder), "--prompt", "x", "--flavour", flavour]) == 2
+    assert "--max-dropped-mass beside it" in capsys.readouterr().err
 
 
 def test_in_python(folder, opened):

@@ -72,6 +72,32 @@ def test_budgets_of_layers_and_heads(budgets, method):
     assert model.config.budgets == budgets
 
 
+@pytest.mark.parametrize("flavour", ["estimated", "certified"])
+@pytest.mark.parametrize("method", ["ssa", "nsa"])
+@pytest.mark.parametrize("mask", [None, MASK[1:]], ids=["whole", "padded"])
+def test_adaptive_budgets(flavour, method, mask):
+    model, ids = tiny_model(method=method), tokens(2, 30)
+    with model.attention_mode(max_dropped_mass=0.3, flavour=flavour):
+        assert model.config.num_blocks == 32  # no cap
+        cached, cache = run(model, ids, (6, 1, 1, 2), mask=mask)
+        close(cached, uncached(model, ids, mask), mask)
+        cache.crop(-7)
+        close(run(model, ids, (1, 2), mask=mask, cache=cache)[0], uncached(model, ids, mask)[:, 23:], mask)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-3)
+        cache.report_mass()
+        flipped = None if mask is None else mask.flip(0)
+        close(
+            run(model, ids.flip(0), (1,), mask=flipped, cache=cache)[0], uncached(model, ids.flip(0), flipped)[:, 27:]
+        )
+        assert 1 < cache.blocks_taken() < 8
+        assert cache.dropped_mass() < (0.3 if flavour == "certified" else 0.6)
+    assert model.config.max_dropped_mass is None
+    assert model.config.num_blocks == 3
+    with pytest.raises(ConfigError, match="budgets and max_dropped_mass"):
+        tiny_config(budgets=[2, 3], max_dropped_mass=0.1)
+
+
 def test_equal_budgets_per_head_are_one_budget():
     ids = tokens(2, 40)
     model = tiny_model(budgets=[[2, 5], [5, 2]])
@@ -166,6 +192,7 @@ def test_measured_dropped_mass():
         cache.report_mass()
         run(model, ids, (1,), cache=cache)
         assert cache.dropped_mass() == pytest.approx(0.0, abs=1e-5)
+        assert cache.blocks_taken() == pytest.approx(67 / 7)  # 3 queries in block 8, 4 in block 9
 
 
 @pytest.mark.parametrize("chunks", [(1,), (6,)])

@@ -21,6 +21,12 @@ def generate(
     prompt_file: Annotated[Path | None, arg(help="read the prompt from a file")] = None,
     mode: Annotated[Literal["full", "sparse"] | None, arg(help="attention; default the model's inference mode")] = None,
     num_blocks: Annotated[int | None, arg(help="blocks per query of the sparse mode; default the model's")] = None,
+    max_dropped_mass: Annotated[
+        float | None, arg(help="adaptive budget: the fewest blocks that drop at most this share of the attention")
+    ] = None,
+    flavour: Annotated[
+        Literal["estimated", "certified"] | None, arg(help="how the adaptive budget knows; default estimated")
+    ] = None,
     max_new_tokens: Annotated[int, arg(help="how many tokens to add at most")] = 100,
     temperature: Annotated[float, arg(help="0 takes the most probable token each time")] = 0.0,
     top_p: Annotated[float, arg(help="nucleus of the sampling")] = 0.95,
@@ -43,6 +49,8 @@ def generate(
         text,
         mode=mode,
         num_blocks=num_blocks,
+        max_dropped_mass=max_dropped_mass,
+        flavour=flavour,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -61,7 +69,7 @@ def generate(
         done.attention,
     ]
     if done.dropped_mass is not None:
-        parts.append(f"mean dropped mass {done.dropped_mass:.3f}")
+        parts.append(f"mean dropped mass {done.dropped_mass:.3f} with {done.blocks_taken:.1f} blocks a query")
     elif report_mass:
         parts.append("no dropped mass: no sparse step was decoded")
     print(f"[{'; '.join(parts)}]", file=sys.stderr)

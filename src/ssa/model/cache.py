@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ssa.errors import InputError
+from ssa.ops.budget.api import empty_block_bounds, update_block_bounds
+from ssa.ops.budget.reference import BlockBounds
 from ssa.ops.checks import reads_values
 from ssa.ops.decode import update_pooled
 from ssa.ops.spec import BLOCK_SIZES
@@ -156,7 +158,8 @@ class BlockLayer(CacheLayerMixin):
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self._means: tuple[Tensor, ...] = ()
-        self.pooled_rows = 0  # the means cover the blocks completed within this many rows
+        self._bounds: BlockBounds | None = None
+        self.pooled_rows = self.bounded_rows = 0  # means and bounds cover the blocks completed within this many rows
         self.is_initialized = False
 
     # ------------------------------------------------------------------ what it holds
@@ -190,10 +193,26 @@ class BlockLayer(CacheLayerMixin):
             self.pooled_rows = place.length
         return self._means
 
+    def bounds(self) -> BlockBounds:
+        """Bounds of every block's keys, for certified budgets, brought up to date."""
+        mean, place = self.pooled()[0], self.positions
+        if self._bounds is None:
+            self._bounds, self.bounded_rows = empty_block_bounds(mean), 0
+        if (new := place.length - self.bounded_rows) > 0:
+            assert self.k is not None
+            assert place.lengths is not None
+            update_block_bounds(self._bounds, mean, self.k, place.lengths, new, place.starts, self.block_size)
+            self.bounded_rows = place.length
+        return self._bounds
+
     def set_block_size(self, block_size: int) -> None:
         """Another block grid; the means are computed anew when they are asked for."""
         if block_size != self.block_size:
-            self.block_size, self._means, self.pooled_rows = block_size, (), 0
+            self.block_size, self._means, self.pooled_rows, self._bounds = block_size, (), 0, None
+
+    def forget(self, length: int) -> None:
+        """Means and bounds cover no more than ``length`` rows."""
+        self.pooled_rows, self.bounded_rows = min(self.pooled_rows, length), min(self.bounded_rows, length)
 
     # ------------------------------------------------------------------ writing
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -217,7 +236,7 @@ class BlockLayer(CacheLayerMixin):
         if place.length > self.k.shape[1]:
             self.k, self.v = self._grown(self.k, place.length), self._grown(self.v, place.length)
             blocks = -(-self.k.shape[1] // self.block_size)
-            self._means = tuple(_resized(x, blocks) for x in self._means)
+            self._means, self._bounds = tuple(_resized(x, blocks) for x in self._means), None
         rows = slice(place.length - new, place.length)
         self.k[:, rows], self.v[:, rows] = k.detach(), v.detach()
 
@@ -267,6 +286,7 @@ class BlockLayer(CacheLayerMixin):
         self.k, self.v = _selected(self.k, index, rows), _selected(self.v, index, rows)
         blocks = rows // self.block_size
         self._means = tuple(x for x in (_selected(mean, index, blocks) for mean in self._means) if x is not None)
+        self._bounds = None
 
 
 class BlockCache(Cache):
@@ -292,6 +312,7 @@ class BlockCache(Cache):
         self.positions = Positions(capacity)
         self.graphs: dict[Any, Any] = {}  # captured decode steps (ssa.model.graph); they live as long as the buffers
         self.mass: list[Tensor] | None = None  # see report_mass
+        self.taken: list[Tensor] = []
         super().__init__(layers=[BlockLayer(self.positions, block_size, mean_values, i == 0) for i in range(layers)])
 
     @classmethod
@@ -316,12 +337,16 @@ class BlockCache(Cache):
         self.graphs.clear()
 
     def report_mass(self, on: bool = True) -> None:
-        """Measure the dropped attention mass of every sparse step from here on (full attention runs beside it)."""
-        self.mass = [] if on else None
+        """Measure what every sparse step drops and takes from here on (full attention runs beside it)."""
+        self.mass, self.taken = [] if on else None, []
 
     def dropped_mass(self) -> float | None:
         """Mean dropped mass of the measured steps, None if there is none. Waits for the device."""
         return float(torch.stack(self.mass).mean()) if self.mass else None
+
+    def blocks_taken(self) -> float | None:
+        """Mean number of blocks that a query of the measured steps read, None likewise."""
+        return float(torch.stack(self.taken).mean()) if self.taken else None
 
     # ------------------------------------------------------------------ what transformers asks for
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -339,7 +364,7 @@ class BlockCache(Cache):
         keep = removed if removed > 0 else max(length + removed, 0)
         self.positions.crop(keep)
         for layer in self.held:
-            layer.pooled_rows = min(layer.pooled_rows, self.positions.length)
+            layer.forget(self.positions.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence ``beam_idx[i]`` becomes sequence i (beam search)."""
@@ -374,7 +399,7 @@ class BlockCache(Cache):
         """Empty it; a static cache keeps its memory."""
         self.positions.reset()
         for layer in self.held:
-            layer.pooled_rows = 0
+            layer.forget(0)
             if self.positions.capacity is None:
                 layer.reset_buffers()
         if self.positions.capacity is None:

@@ -108,17 +108,21 @@ def attend(q: Tensor, cache: BlockCache, layer: int, main: str, spec: SparseSpec
     if main == "full":
         return full_decode_attention(q, k, v, lengths, starts=starts)
     pooled = held.pooled()[0]
+    bounds = held.bounds() if spec.max_dropped_mass is not None and spec.flavour == "certified" else None
+    if cache.mass is None and not heads:
+        return decode_attention(q, k, v, pooled, lengths, spec, starts=starts, bounds=bounds)
     if heads:
         indices = by_head(
             lambda q, mean, part: select_blocks_cached(q, mean, lengths, part, starts=starts), q, pooled, spec, heads
         )
-        out, lse = attend_blocks_cached(q, k, v, indices, spec.block_size, lengths, starts=starts)
     else:
-        out, lse = decode_attention(q, k, v, pooled, lengths, spec, starts=starts, return_lse=True)
+        indices = select_blocks_cached(q, pooled, lengths, spec, starts=starts, k=k, bounds=bounds)
+    out, lse = attend_blocks_cached(q, k, v, indices, spec.block_size, lengths, starts=starts)
     if cache.mass is not None:
         whole = full_decode_attention(q, k, v, lengths, starts=starts, return_lse=True)[1]
-        dropped = -torch.expm1(lse - whole)
-        cache.mass.append(dropped[whole.isfinite()].mean().clamp(min=0))
+        real = whole.isfinite()  # not in the padding
+        cache.mass.append((-torch.expm1(lse - whole))[real].mean().clamp(min=0.0))
+        cache.taken.append((indices >= 0).sum(-1)[real[..., :: q.shape[2] // k.shape[2]]].float().mean())
     return out
 
 

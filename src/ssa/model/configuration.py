@@ -44,7 +44,7 @@ class SSAConfig(LlamaConfig):
         align_query_fraction: its ``query_fraction``.
         inference_mode: ``"full"`` or ``"sparse"``; may be changed at any time, as may ``num_blocks``.
         max_dropped_mass, budget_flavour, budget_safety: an adaptive budget, see :class:`ssa.ops.SparseSpec`; then
-            ``num_blocks`` is the most that a query takes. A cache serves the estimated flavour only.
+            ``num_blocks`` is the most that a query takes.
     """
 
     model_type = "ssa"
@@ -119,6 +119,8 @@ class SSAConfig(LlamaConfig):
     def _check_budgets(self) -> None:
         if self.budgets is None:
             return
+        if self.max_dropped_mass is not None:
+            raise ConfigError("SSAConfig", "budgets and max_dropped_mass", "one of them")
         heads = self.num_key_value_heads or self.num_attention_heads
         if len(self.budgets) != self.num_hidden_layers:
             raise ConfigError(
@@ -132,6 +134,10 @@ class SSAConfig(LlamaConfig):
                 raise ConfigError(
                     f"SSAConfig.budgets[{i}]", repr(entry), f"an integer of at least {least}, or {heads} (KV heads)"
                 )
+
+    def all_blocks(self) -> int:
+        """A budget that covers every context of this model."""
+        return -(-self.max_position_embeddings // self.block_size)
 
     def head_budgets(self, layer: int) -> tuple[int, ...]:
         """Blocks per query of each KV head of a layer; empty where all heads have the same."""

@@ -101,6 +101,7 @@ class SSAGenerationMixin(GenerationMixin):
 
         model, held, ids = cast("SSAForCausalLM", self), inputs["past_key_values"], inputs.get("input_ids")
         place = held.positions
-        if ids is None or ids.shape[1] != 1 or not place.length or not place.begun or held.mass is not None:
+        eager = held.mass is not None or model.config.max_dropped_mass is not None  # adaptive budgets are not captured
+        if ids is None or ids.shape[1] != 1 or not place.length or not place.begun or eager:
             return model(**inputs)
         return SSAOutput(logits=graph_of(model, held).step(ids), cache=held)

@@ -27,6 +27,8 @@ class AttentionModes:
         num_blocks: int | None = None,
         block_size: int | None = None,
         budgets: list[int | list[int]] | None = None,
+        max_dropped_mass: float | None = None,
+        flavour: str | None = None,
     ) -> Iterator[Self]:
         """Run in another mode or at another budget inside a ``with``; the same as setting the config's keys.
 
@@ -34,18 +36,25 @@ class AttentionModes:
             mode: ``"full"`` or ``"sparse"``.
             num_blocks: blocks per query of the sparse mode, in every layer; block_size: tokens per block.
             budgets: blocks per query of each layer, see :class:`SSAConfig`.
+            max_dropped_mass: an adaptive budget, see :class:`ssa.ops.SparseSpec`, of at most ``num_blocks`` blocks if
+                that is given too, else without a cap; flavour: "estimated" or "certified".
 
         Raises:
             ConfigError: unknown mode, impossible budget, full mode of an NSA model.
         """
-        wanted = {"inference_mode": mode, "num_blocks": num_blocks, "block_size": block_size, "budgets": budgets}
+        wanted = {
+            "inference_mode": mode, "num_blocks": num_blocks, "block_size": block_size, "budgets": budgets,
+            "max_dropped_mass": max_dropped_mass, "budget_flavour": flavour,
+        }  # fmt: skip
         before = {key: getattr(self.config, key) for key in wanted}
         try:
             for key, value in wanted.items():
                 if value is not None:
                     setattr(self.config, key, value)
-            if num_blocks is not None and budgets is None:
+            if budgets is None and (num_blocks is not None or max_dropped_mass is not None):
                 self.config.budgets = None
+            if max_dropped_mass is not None and num_blocks is None:
+                self.config.num_blocks = self.config.all_blocks()
             self.config.check()
             yield self
         finally:

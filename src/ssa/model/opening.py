@@ -70,6 +70,9 @@ def attention_in_words(model: PreTrainedModel) -> str:
     config: Any = model.config
     if isinstance(config, SSAConfig):
         mode, blocks, size = config.inference_mode, config.budgets or config.num_blocks, config.block_size
+        if mode == "sparse" and config.max_dropped_mass is not None:
+            limit = f"dropped mass {config.max_dropped_mass:g} at most ({config.budget_flavour})"
+            return f"sparse attention, {limit}, up to {blocks} blocks of {size} tokens"
     else:
         text = config.get_text_config()
         mode, blocks, size = text.ssa_mode, text.ssa_num_blocks, text.ssa_block_size
