@@ -68,17 +68,22 @@ class Backend:
     def load(self) -> Callable[..., Any]:
         """The function behind the name."""
         _import(self.target)
-        return IMPORTED[self.target]
+        return IMPORTED[self.target]["function"]
+
+    def __post_init__(self) -> None:
+        IMPORTED.setdefault(self.target, {})
 
 
-IMPORTED: dict[str, Callable[..., Any]] = {}
+# torch.compile cannot trace an import, but it can read what was imported; one dictionary per target, because it looks
+# at a dictionary only once and would not see a second backend that is imported during the same trace
+IMPORTED: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
-@constant_when_compiled  # torch.compile cannot trace an import, but it can read the dictionary of the imported
+@constant_when_compiled
 def _import(target: str) -> bool:
-    if target not in IMPORTED:
+    if not IMPORTED[target]:
         module, function = target.split(":")
-        IMPORTED[target] = getattr(import_module(module), function)
+        IMPORTED[target]["function"] = getattr(import_module(module), function)
     return True
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,54 +18,53 @@ from ssa.ops.selection.triton_kernels import (
     select_official_kernel,
 )
 from ssa.ops.spec import SparseSpec
-from ssa.ops.triton_support import LOG2E, capability, ceil_div, flat, next_power_of_two
+from ssa.ops.triton_support import (
+    LOG2E,
+    Launch,
+    Launcher,
+    capability,
+    ceil_div,
+    layout_of,
+    next_power_of_two,
+    on_device,
+    rows,
+)
 
-SLAB_ELEMENTS = 1 << 26  # float32 scores held at a time: 256 MiB
+SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
-CHUNK_INTEGERS = 5  # per slab in `_slabs`
+SLAB_INTEGERS = 5  # per slab in `_slabs`
 
 
 class TileConfig(NamedTuple):
-    """Tile of tokens x blocks, warps and pipeline stages of a kernel."""
+    """Tile of tokens x blocks and how its kernel is launched."""
 
     tokens: int
     blocks: int
-    warps: int
-    stages: int
+    how: Launch
 
 
+@cache
 def lse_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
     """Measured on an H200 (docs/kernels.md); smaller tiles where shared memory is smaller or rows are longer."""
-    if D > 128:
-        return TileConfig(64, 32, 4, 2)
-    if device_capability < (9, 0):
-        return TileConfig(64, 64, 4, 2)
-    return TileConfig(128, 64, 4, 2) if D <= 64 else TileConfig(128, 128, 8, 3)
+    if D > 128 or device_capability < (9, 0):
+        return TileConfig(64, 32 if D > 128 else 64, Launch(4, 2))
+    return TileConfig(128, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
+@cache
 def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
     """As :func:`lse_config`; the token tile of both kernels may differ."""
-    if D > 128:
-        return TileConfig(64, 64, 4, 2)
-    if device_capability < (9, 0):
-        return TileConfig(64, 64, 4, 2)
-    return TileConfig(64, 64, 4, 3) if D <= 64 else TileConfig(128, 64, 8, 3)
+    if D > 128 or device_capability < (9, 0):
+        return TileConfig(64, 64, Launch(4, 2))
+    return TileConfig(64, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
 def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout, scale: float) -> Tensor:
     """See :func:`ssa.ops.select_blocks`."""
-    where = capability(q.device.index)
-    lse, score = lse_config(q.shape[3], where), score_config(q.shape[3], where)
-    grid = layout.block_grid(spec.block_size, q.device)
-    return _select_blocks(
+    return torch.ops.ssa.select_blocks(  # type: ignore[no-any-return]
         q,
         k,
-        grid.block_start,
-        grid.first_block,
-        layout.starts(q.device),
-        layout.block_grid(lse.tokens, q.device).block_start,
-        layout.block_grid(score.tokens, q.device).block_start,
-        _slabs(layout, spec.block_size, k.shape[2], score),
+        layout.lengths,
         spec.block_size,
         spec.num_blocks,
         spec.first_blocks,
@@ -96,16 +95,10 @@ def _slabs(layout: DocumentLayout, S: int, K: int, config: TileConfig) -> tuple[
     return tuple(plan)
 
 
-@torch.library.custom_op("ssa::select_blocks", mutates_args=())
-def _select_blocks(
+def _select(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, T, K, D]
-    block_start: Tensor,  # [blocks + 1]
-    first_block: Tensor,  # [N]
-    starts: Tensor,  # [B, T]
-    lse_tiles: Tensor,  # [tiles + 1]
-    score_tiles: Tensor,
-    slabs: Sequence[int],
+    lengths: Sequence[int],
     block_size: int,
     num_blocks: int,
     first_blocks: int,
@@ -114,58 +107,73 @@ def _select_blocks(
     scale: float,
 ) -> Tensor:
     B, T, H, D = q.shape
-    K, N, S = k.shape[2], B * T, block_size
-    q_, k_ = flat(q), flat(k)
-    where = capability(q.device.index)
+    K, N, S, device = k.shape[2], B * T, block_size, q.device
+    layout = layout_of(tuple(lengths), B, T)
+    grid, starts = layout.block_grid(S, device), layout.starts(device)
+    (q, q_stride), (k, k_stride) = rows(q), rows(k)
+    where = capability(device.index)
     DP, c, G = max(16, next_power_of_two(D)), scale * LOG2E, H // K
-    blocks = block_start.numel() - 1
-
+    launch = Launcher(q.device, q.dtype, H, K, D, q_stride, k_stride)
+    blocks, first_block = grid.num_blocks, grid.first_block
     pooled = torch.empty(blocks, K, D, dtype=k.dtype, device=k.device)
-    pool_kernel[(ceil_div(blocks, 8), K)](
-        k_, pooled, block_start, k_.stride(0), k_.stride(1), K, blocks, D, DP, S, 8, num_warps=4
-    )
+    arguments = (k, pooled, grid.block_start, *k_stride, K, blocks)
+    launch(pool_kernel, (ceil_div(blocks, 8), K, 1), arguments, (D, DP, S, 8), Launch(4))
 
     config = lse_config(D, where)
-    tiles = lse_tiles.numel() - 1
+    tile_start = layout.block_grid(config.tokens, device).block_start
+    tiles = tile_start.numel() - 1
     lse = torch.empty(H, N, dtype=torch.float32, device=q.device)
-    lse_kernel[(tiles, H)](
-        q_, pooled, lse, lse_tiles, starts, first_block, tiles, q_.stride(0), q_.stride(1), N, K, c, G,
-        D, DP, S, config.tokens, config.blocks, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    arguments = (q, pooled, lse, tile_start, starts, first_block, tiles, *q_stride, N, K, c, G)
+    constants = (D, DP, S, config.tokens, config.blocks)
+    launch(lse_kernel, (tiles, H, 1), arguments, constants, config.how)
 
     config = score_config(D, where)
+    tile_start = layout.block_grid(config.tokens, device).block_start
+    slabs = _slabs(layout, S, K, config)
     width, chunk = slabs[0], chunk_blocks(slabs[0], S, official)
-    plans = [slabs[i : i + CHUNK_INTEGERS] for i in range(1, len(slabs), CHUNK_INTEGERS)]
+    plans = [slabs[i : i + SLAB_INTEGERS] for i in range(1, len(slabs), SLAB_INTEGERS)]
     rows_at_most = max(plan[3] for plan in plans)
     score = torch.empty(rows_at_most, K, width, dtype=torch.float32, device=q.device)
     chunk_max = torch.empty(rows_at_most, K, width // chunk, dtype=torch.int32, device=q.device)
     out = torch.empty(B, T, K, num_blocks, dtype=torch.int32, device=q.device)
     free = num_blocks - first_blocks - local_blocks if not official else min(S // 2, num_blocks)
     KP = max(next_power_of_two(free), S // chunk if official else 1)
-    for tile, tiles, row, rows, seen in plans:
-        score_kernel[(ceil_div(seen, config.blocks), tiles, K)](
-            q_, pooled, lse, score, chunk_max, score_tiles, starts, first_block, tile, tiles, row,
-            q_.stride(0), q_.stride(1), N, K, width, c, first_blocks, local_blocks, G,
-            D, DP, S, config.tokens, config.blocks, chunk, num_warps=config.warps, num_stages=config.stages,
+    forced = () if official else (first_blocks, local_blocks)
+    constants = (D, DP, S, config.tokens, config.blocks, chunk)
+    for tile, tiles, row, count, seen in plans:
+        grid = (ceil_div(seen, config.blocks), tiles, K)
+        arguments = (
+            q, pooled, lse, score, chunk_max, tile_start, starts, first_block, tile, tiles, row, *q_stride, N, K,
+            width, c, first_blocks, local_blocks, G,
         )  # fmt: skip
+        launch(score_kernel, grid, arguments, constants, config.how)
         chunks = max(4, next_power_of_two(ceil_div(seen, chunk)))
-        shape = (S, chunks, chunk, KP, next_power_of_two(num_blocks))
-        warps = min(8, max(1, max(chunks, KP * chunk) // 1024))
-        if official:
-            select_official_kernel[(rows, K)](
-                score, chunk_max, out, starts, row, K, width, num_blocks, *shape, num_warps=warps
-            )
-        else:
-            select_kernel[(rows, K)](
-                score, chunk_max, out, starts, row, K, width, num_blocks, first_blocks, local_blocks, *shape,
-                num_warps=warps,
-            )  # fmt: skip
+        launch(
+            select_official_kernel if official else select_kernel,
+            (count, K, 1),
+            (score, chunk_max, out, starts, row, K, width, num_blocks, *forced),
+            (S, chunks, chunk, KP, next_power_of_two(num_blocks)),
+            Launch(min(8, max(1, max(chunks, KP * chunk) // 1024))),
+        )
     return out
 
 
-@_select_blocks.register_fake
-def _(q, k, block_start, first_block, starts, lse_tiles, score_tiles, slabs, block_size, num_blocks, *_rest):  # type: ignore[no-untyped-def]
+def _select_on_its_device(q: Tensor, *rest: Any) -> Tensor:
+    with on_device(q):
+        return _select(q, *rest)
+
+
+def _select_fake(q: Tensor, k: Tensor, lengths: Sequence[int], block_size: int, num_blocks: int, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
+
+
+LIBRARY = torch.library.Library("ssa", "FRAGMENT")  # cheaper per call than `custom_op`
+LIBRARY.define(
+    "select_blocks(Tensor q, Tensor k, int[] lengths, int block_size, int num_blocks, int first_blocks, "
+    "int local_blocks, bool official, float scale) -> Tensor"
+)
+LIBRARY.impl("select_blocks", _select_on_its_device, "CompositeExplicitAutograd")
+torch.library.register_fake("ssa::select_blocks", _select_fake, lib=LIBRARY)
 
 
 def chunk_blocks(width: int, S: int, official: bool) -> int:

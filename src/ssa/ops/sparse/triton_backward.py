@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.sparse.triton_forward import list_entries, load_rows, tile_columns, token_columns
+from ssa.ops.sparse.triton_forward import list_entries, load_rows, reads_one_by_one, tile_columns, token_columns
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -74,11 +74,11 @@ def union_dq_kernel(
     LIST: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq of one tile x one KV head, if its union has at most ``limit`` blocks."""
+    """dq of one tile x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
-    count = tl.load(union_count_ptr + tile * K + head)
-    if count > limit:
+    if reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
+    count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
     row0 = tl.load(tile_start_ptr + tile)
@@ -99,7 +99,7 @@ def union_dq_kernel(
     v_ptr += head * v_head
     first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, 0, count, S, BN)
     for n0 in range(0, count * S, BN):
-        key, bias = tile_columns(first_key, bits, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP)
+        key, bias = tile_columns(first_key, bits, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP)
         first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
@@ -146,9 +146,9 @@ def token_dq_kernel(
     M: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq of the tokens of one tile x one KV head, if its union has more than ``limit`` blocks."""
+    """dq of the tokens of one tile x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(union_count_ptr + tile * K + head) <= limit:
+    if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
     start = tl.load(starts_ptr + row0).to(tl.int32)
@@ -176,7 +176,7 @@ def token_dq_kernel(
         tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=(g < G)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["supers", "part_rows"])
 def dkv_kernel(
     q_ptr,  # [N, H, D]
     k_ptr,  # [N, K, D]
@@ -271,7 +271,7 @@ def dkv_kernel(
     tl.store(part_ptr + part_rows.to(tl.int64) * DP + out, dv_dn)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["supers", "part_rows"])
 def dkv_reduce_kernel(
     part_ptr,  # [2, units * S, DP]
     work_offset_ptr,  # [groups + 1]

@@ -90,6 +90,15 @@ def _store(out_ptr, lse_ptr, at, m, l, acc_md, keep, D: tl.constexpr, DP: tl.con
 
 
 @triton.jit
+def reads_one_by_one(union_count_ptr, tile, head, K, limit):
+    """Whether the tokens of a tile go to the token kernels: the union of the tile before it is longer than ``limit``.
+
+    The tile's own union would let the blocks of later tokens decide how earlier ones are computed.
+    """
+    return tl.load(union_count_ptr + (tl.num_programs(0) + 1 + tile) * K + head) > limit
+
+
+@triton.jit
 def load_rows(base, rows, row_stride, D: tl.constexpr, DP: tl.constexpr):
     """Rows ``[rows, DP]`` of a tensor with D adjacent elements per row; zeros beyond D."""
     d = tl.arange(0, DP)
@@ -110,7 +119,7 @@ def list_entries(entries_row, entries_mask, n0, count, S: tl.constexpr, BN: tl.c
 
 @triton.jit
 def tile_columns(
-    first_key, bits, row0, last_row, mask_value, dtype: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
+    first_key, bits, n0, row0, last_row, mask_value, dtype: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
     TP: tl.constexpr,
 ):  # fmt: skip
     """Key rows to load ``[BN]`` and ``[TP, BN]``: 0 where token i of the tile reads column n, else ``mask_value``.
@@ -118,7 +127,7 @@ def tile_columns(
     A product of the latter with the tokens' one-hot rows starts the logits: one small matrix product instead of integer
     work per logit. ``dtype`` is bfloat16 (float16 lacks the range), float32 for float32 inputs (the interpreter).
     """
-    key_row = first_key + tl.arange(0, BN) % S
+    key_row = first_key + (n0 + tl.arange(0, BN)) % S
     bits &= -1 << tl.minimum(tl.maximum(key_row - row0, 0), 31)  # tokens before the key do not see it
     bits = tl.where(key_row - row0 > 31, 0, bits)
     i = tl.arange(0, TP)
@@ -135,7 +144,7 @@ def union_forward_kernel(
     lse_ptr,  # [N, H]
     union_row_ptr,  # [tiles, K, LIST]
     union_mask_ptr,  # [tiles, K, LIST]
-    union_count_ptr,  # [tiles, K]
+    union_count_ptr,  # [2, tiles + 1, K]
     tile_start_ptr,  # [tiles + 1]
     q_row,
     q_head,
@@ -157,11 +166,11 @@ def union_forward_kernel(
     LIST: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One tile of TT tokens x one KV head, if its union has at most ``limit`` blocks."""
+    """One tile of TT tokens x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
-    count = tl.load(union_count_ptr + tile * K + head)
-    if count > limit:
+    if reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
+    count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
     row0 = tl.load(tile_start_ptr + tile)
@@ -187,7 +196,7 @@ def union_forward_kernel(
     acc_md = tl.zeros([M, DP], tl.float32)
     first_key, bits = list_entries(entries_row, entries_mask, 0, count, S, BN)
     for n0 in range(0, count * S, BN):
-        key, bias = tile_columns(first_key, bits, row0, last_row, mask_value, MASK, S, BN, TP)
+        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
         first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
@@ -203,7 +212,7 @@ def union_forward_kernel(
         m = tl.full([M], LOWEST, tl.float32)
         for n0 in range(0, count * S, 16):
             first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
-            key, bias = tile_columns(first_key16, bits16, row0, last_row, mask_value, MASK, S, 16, TP)
+            key, bias = tile_columns(first_key16, bits16, n0, row0, last_row, mask_value, MASK, S, 16, TP)
             s_mn = tl.dot(one_hot, bias, input_precision="ieee")
             s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
             m = tl.maximum(m, tl.ceil(tl.max(s_mn, 1) * c))
@@ -211,7 +220,7 @@ def union_forward_kernel(
         acc_md = tl.zeros([M, DP], tl.float32)
         for n0 in range(0, count * S, 16):
             first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
-            key, bias = tile_columns(first_key16, bits16, row0, last_row, mask_value, MASK, S, 16, TP)
+            key, bias = tile_columns(first_key16, bits16, n0, row0, last_row, mask_value, MASK, S, 16, TP)
             s_mn = tl.dot(one_hot, bias, input_precision="ieee")
             s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
@@ -238,7 +247,7 @@ def token_forward_kernel(
     lse_ptr,  # [N, H]
     indices_ptr,  # [N, K, slots]
     starts_ptr,  # [N]
-    union_count_ptr,  # [tiles, K]
+    union_count_ptr,  # [2, tiles + 1, K]
     tile_start_ptr,  # [tiles + 1]
     q_row,
     q_head,
@@ -259,9 +268,9 @@ def token_forward_kernel(
     M: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The tokens of one tile, one after the other, x one KV head, if its union has more than ``limit`` blocks."""
+    """The tokens of one tile, one after the other, x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(union_count_ptr + tile * K + head) <= limit:
+    if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
     start = tl.load(starts_ptr + row0).to(tl.int32)

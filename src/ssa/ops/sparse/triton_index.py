@@ -13,14 +13,14 @@ that would be too much, without merged groups.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton_support import ceil_div
+from ssa.ops.triton_support import Launch, Launcher, ceil_div
 
 BITMAP_BYTES = 1 << 30  # at most; beyond it the index is sorted
 SEGMENT = 256  # readers per work item: bounds the work of a block that everybody reads
@@ -127,12 +127,15 @@ def compact_kernel(
     entry_offset_ptr,  # [7 Z + 1]
     level_ptr,
     entry_ptr,  # token * 16 + bit per block of the group, ascending by token
+    work_offset_ptr,  # [7 Z + 1]
+    work_ptr,  # [works, 3]
     supers,
     words,
     K,
+    SEGMENT: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """List the readers of one block, or of the group that begins with it."""
+    """List the readers of one block, or of the group that begins with it, and their work items."""
     place, head, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     nth, Z = head * supers + place, K * supers
     level = tl.load(level_ptr + nth)
@@ -142,8 +145,10 @@ def compact_kernel(
     region = tl.where(level == 0, 0, tl.where(level == 1, 4 * Z, 6 * Z))
     group = region + (nth * 4 + j) // members
     at = tl.load(entry_offset_ptr + group)
-    if tl.load(entry_offset_ptr + group + 1) == at:
+    end = tl.load(entry_offset_ptr + group + 1)
+    if end == at:
         return
+    _cut(work_ptr, tl.load(work_offset_ptr + group), group, at, end, SEGMENT)
     base = tl.load(word_offset_ptr + place)
     length = ((tl.load(word_offset_ptr + place + 1) - base) // 4).to(tl.int32)
     rows = bitmap_ptr + head.to(tl.int64) * words + base + j * length
@@ -169,21 +174,43 @@ def compact_kernel(
 
 
 @triton.jit
-def work_kernel(
-    entry_offset_ptr,  # [groups + 1]
-    work_offset_ptr,  # [groups + 1]
-    work_ptr,  # [works, 3] group, first entry, end
-    SEGMENT: tl.constexpr,
-):
-    """Cut the list of one group into work items."""
-    group = tl.program_id(0)
-    first, end = tl.load(entry_offset_ptr + group), tl.load(entry_offset_ptr + group + 1)
-    work = tl.load(work_offset_ptr + group)
+def _cut(work_ptr, work, group, first, end, SEGMENT: tl.constexpr):
+    """Work items of one list: group, first entry, end."""
     for e in range(first, end, SEGMENT):
         tl.store(work_ptr + work * 3, group)
         tl.store(work_ptr + work * 3 + 1, e)
         tl.store(work_ptr + work * 3 + 2, tl.minimum(e + SEGMENT, end))
         work += 1
+
+
+@triton.jit
+def work_kernel(entry_offset_ptr, work_offset_ptr, work_ptr, SEGMENT: tl.constexpr):
+    """Cut the list of one group into work items, where `compact_kernel` does not run."""
+    group = tl.program_id(0)
+    first, end = tl.load(entry_offset_ptr + group), tl.load(entry_offset_ptr + group + 1)
+    _cut(work_ptr, tl.load(work_offset_ptr + group), group, first, end, SEGMENT)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def offset_kernel(
+    count_ptr,  # [groups] readers
+    entry_offset_ptr,  # [groups + 1]
+    work_offset_ptr,  # [groups + 1]
+    groups,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the list of each group and its work items begin. One program."""
+    i = tl.arange(0, BLOCK)
+    entries = tl.zeros([], tl.int32)
+    works = tl.zeros([], tl.int32)
+    for g0 in range(0, groups + 1, BLOCK):
+        count = tl.load(count_ptr + g0 + i, mask=g0 + i < groups, other=0)
+        items = (count + SEGMENT - 1) // SEGMENT
+        tl.store(entry_offset_ptr + g0 + i, entries + tl.cumsum(count) - count, mask=g0 + i <= groups)
+        tl.store(work_offset_ptr + g0 + i, works + tl.cumsum(items) - items, mask=g0 + i <= groups)
+        entries += tl.sum(count)
+        works += tl.sum(items)
 
 
 class ReaderIndex(NamedTuple):
@@ -211,31 +238,33 @@ def reader_index(
     Z = K * supers
     fits = 4 * K * words <= BITMAP_BYTES
     levels = 3 if merge and fits else 1
-    level = torch.zeros(Z, dtype=torch.int32, device=device)
-    if fits:
-        count = torch.empty(7 * Z, dtype=torch.int32, device=device)
-        bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
-        mark_kernel[(ceil_div(entries, 1024),)](
-            indices, bitmap, super_of_document, super_start, word_offset, N, words, K, slots, 1024, num_warps=4
-        )
-        count_kernel[(supers, K)](
-            bitmap, word_offset, count, level, supers, words, K, levels, *GROUP_COST, WORDS, num_warps=1
-        )
-    else:
-        count, entry = _sorted_lists(indices, super_of_document, supers)
-    totals = torch.zeros(2, 7 * Z + 1, dtype=torch.int64, device=device)
-    totals[0, 1:], totals[1, 1:] = count, (count + (SEGMENT - 1)) // SEGMENT
-    entry_offset, work_offset = totals.cumsum(1).to(torch.int32).unbind(0)
-    if fits:
-        entry = torch.empty(entries, dtype=torch.int32, device=device)
-        compact_kernel[(supers, K, 4)](
-            bitmap, word_offset, super_start, entry_offset, level, entry, supers, words, K, WORDS, num_warps=1
-        )
+    launch = Launcher(device, indices.dtype, K, slots)
+    integers = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
+    entry_offset, work_offset = integers(7 * Z + 1), integers(7 * Z + 1)
     segments = ceil_div(entries, SEGMENT)
-    work = torch.empty(4 * Z + segments, 3, dtype=torch.int32, device=device)
-    work_kernel[(7 * Z,)](entry_offset, work_offset, work, SEGMENT, num_warps=1)
-    # a group of b blocks is taken only if b times its readers stay below this multiple of its blocks' readers
-    excess = max(b * GROUP_COST[0] / cost for b, cost in zip((1, 2, 4), GROUP_COST, strict=True)) if levels > 1 else 1
+    work = integers(4 * Z + segments, 3)
+    if fits:
+        level, count, entry = integers(Z), integers(7 * Z), integers(entries)
+        bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
+        arguments: tuple[Any, ...] = (indices, bitmap, super_of_document, super_start, word_offset, N, words, K, slots)
+        launch(mark_kernel, (ceil_div(entries, 1024), 1, 1), arguments, (1024,), Launch(4))
+        arguments = (bitmap, word_offset, count, level, supers, words, K)
+        launch(count_kernel, (supers, K, 1), arguments, (levels, *GROUP_COST, WORDS), Launch(1))
+    else:
+        level = torch.zeros(Z, dtype=torch.int32, device=device)
+        count, entry = _sorted_lists(indices, super_of_document, supers)
+    arguments = (count, entry_offset, work_offset, 7 * Z)
+    launch(offset_kernel, (1, 1, 1), arguments, (SEGMENT, 4096), Launch(16))
+    if fits:
+        arguments = (
+            bitmap, word_offset, super_start, entry_offset, level, entry, work_offset, work, supers, words, K,
+        )  # fmt: skip
+        launch(compact_kernel, (supers, K, 4), arguments, (SEGMENT, WORDS), Launch(1))
+    else:
+        launch(work_kernel, (7 * Z, 1, 1), (entry_offset, work_offset, work), (SEGMENT,), Launch(1))
+    # a group of b blocks is taken only if its readers are fewer than this multiple of its blocks' readers together
+    most = [min(1.0, GROUP_COST[0] / cost) for cost in GROUP_COST[: 3 if levels > 1 else 1]]
+    excess = max(b * share for b, share in zip((1, 2, 4), most, strict=False))
     most_works = (4 * Z + segments, 2 * Z + segments, Z + segments)[:levels]
     return ReaderIndex(entry, work, work_offset, level, most_works, 4 * Z + int(excess * segments) + 1)
 

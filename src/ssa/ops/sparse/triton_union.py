@@ -16,7 +16,7 @@ def union_kernel(
     indices_ptr,  # [N, K, slots], any order, -1 for nothing
     union_row_ptr,  # [tiles, K, TT * SP + PAD] int32: first key row of each block
     union_mask_ptr,  # [tiles, K, TT * SP + PAD] int32: bit i for token i of the tile
-    union_count_ptr,  # [tiles, K] int32
+    union_count_ptr,  # [2, tiles + 1, K] int32: length of each tile's list; of the list before it in its document, or 0
     tile_start_ptr,  # [tiles + 1]
     starts_ptr,  # [N], first row of each token's document
     K,
@@ -28,7 +28,8 @@ def union_kernel(
 ):
     """Sort (block, token) pairs, then merge equal blocks. The output rows carry values between lanes meanwhile.
 
-    PAD entries that no token reads follow the union, so that its readers need not test where it ends.
+    PAD entries that no token reads follow the union, so that its readers need not test where it ends. Each program also
+    writes its count for the tile behind it.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     row0 = tl.load(tile_start_ptr + tile)
@@ -68,3 +69,11 @@ def union_kernel(
     tl.store(out_row + pad, tl.zeros([PAD], tl.int32) + row0)
     tl.store(out_mask + pad, tl.zeros([PAD], tl.int32))
     tl.store(union_count_ptr + tile * K + head, count)
+    tiles = tl.num_programs(0)
+    before = union_count_ptr + (tiles + 1) * K + head
+    next_row = tl.load(tile_start_ptr + tile + 1)
+    last = tile == tiles - 1
+    next_start = tl.load(starts_ptr + tl.where(last, row0, next_row))
+    tl.store(before + (tile + 1) * K, tl.where(last | (next_start != tl.load(starts_ptr + row0)), 0, count))
+    if tile == 0:
+        tl.store(before, 0)

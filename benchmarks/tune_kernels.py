@@ -1,0 +1,293 @@
+"""Tries launch configurations of the sparse stream's kernels on this GPU: checked first, then timed kernel by kernel.
+
+    python benchmarks/tune_kernels.py --out tune.json [--shapes 1B-8K 8B-8K] [--workers 12]
+
+Every variant changes one kernel of the shipped configuration. Worker processes compile the variants side by side and
+compare their results with the shipped configuration's on a small input (which `ssa bench` compares with float64); the
+ones that agree are timed with the profiler on the large inputs. Prints, per shape and kernel, the best ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssa.bench.operations import full
+from ssa.bench.timing import measure
+from ssa.bench.workloads import Workload, draw
+from ssa.ops import select_blocks, sparse_attention
+from ssa.ops.selection import triton as selection
+from ssa.ops.selection.triton import TileConfig
+from ssa.ops.sparse import triton as sparse
+from ssa.ops.sparse import triton_index
+from ssa.ops.sparse.triton import Tile
+from ssa.ops.triton_support import Launch
+
+WIDE = Workload("8B-8K", ((8192,),), heads=32, kv_heads=8, head_dim=128)
+SHAPES = {
+    w.name: w
+    for w in (
+        Workload("1B-8K", ((8192,),) * 4),
+        Workload("1B-32K", ((32768,),)),
+        WIDE,
+        replace(WIDE, name="8B-32K", rows=((32768,),)),
+        Workload("1B-128K", ((131072,),)),
+        Workload("1B-8K-random", ((8192,),) * 4, inputs="random"),
+    )
+}
+SELECTING = ("lse", "score", "slab")  # variants that change the selection's kernels
+AGREE = 4e-3  # relative difference of results in bfloat16
+Variant = tuple[str, str, dict[str, Any]]  # kernel, label, what to change
+
+
+# ---------------------------------------------------------------------- variants
+def variants(D: int) -> list[Variant]:
+    """All of a head dim; ``shipped`` first."""
+    found: list[Variant] = [("shipped", "", {})]
+    narrow = D <= 64
+    for BT, BN, *how in (
+        (128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3, 112), (128, 64, 4, 3, 96),
+        (64, 64, 4, 3, 80), (64, 64, 4, 3, 64), (64, 128, 4, 3),
+    ):  # fmt: skip
+        found.append(("lse", f"{BT}x{BN} {how}", {"lse": TileConfig(BT, BN, Launch(*how))}))
+    for BT, BN, *how in (
+        (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 64, 4, 3, 96), (64, 64, 4, 3, 80), (64, 32, 4, 3),
+        (64, 128, 4, 3), (64, 128, 4, 3, 168), (128, 64, 4, 3), (128, 64, 4, 3, 168),
+    ):  # fmt: skip
+        found.append(("score", f"{BT}x{BN} {how}", {"score": TileConfig(BT, BN, Launch(*how))}))
+    for bits in (26, 28):
+        found.append(("slab", f"2^{bits}", {"slab": 1 << bits}))
+    tiles = (
+        (4, 64, 4, 2, 128), (4, 32, 4, 2, 96), (4, 32, 4, 3, 96), (4, 64, 4, 3, 128), (8, 32, 4, 2), (8, 64, 8, 2, 128),
+    ) if narrow else (
+        (16, 64, 4, 2), (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 3, 168), (32, 64, 8, 3),
+    )  # fmt: skip
+    for TT, BN, *how in tiles:
+        tile = Tile(BN, Launch(*how))
+        change = {"tokens": TT, "union_forward": tile, "union_dq": tile}
+        found.append(("union", f"TT{TT} BN{BN} {how}", change))
+    for BN, *how in ((32, 1, 2), (64, 1, 2), (32, 1, 3)):
+        tile = Tile(BN, Launch(*how))
+        found.append(("token", f"BN{BN} {how}", {"limit": -1, "token_forward": tile, "token_dq": tile}))
+    readers = (
+        (4, 64, 4, 3), (4, 64, 4, 2), (4, 64, 4, 3, 168), (4, 64, 4, 4), (8, 64, 4, 2),
+    ) if narrow else (
+        (16, 64, 4, 2), (16, 32, 4, 2), (16, 64, 4, 3), (16, 64, 4, 2, 168), (8, 64, 4, 2),
+    )  # fmt: skip
+    for TQ, CT, *how in readers:
+        for level, cost in ((1, (1, 99, 99)), (2, (2, 1, 99)), (4, (4, 99, 1))):
+            change = {"readers": TQ, "dkv": Tile(CT, Launch(*how)), "cost": cost}
+            found.append((f"dkv{level}", f"TQ{TQ} CT{CT} {how}", change))
+    for segment in (128, 512):
+        found.append(("segment", str(segment), {"segment": segment}))
+    return found
+
+
+@contextmanager
+def applied(change: dict[str, Any]) -> Iterator[None]:
+    """Run the operations with a change of their configuration."""
+    old = (
+        selection.lse_config, selection.score_config, selection.SLAB_ELEMENTS, sparse.strategy,
+        triton_index.GROUP_COST, triton_index.SEGMENT,
+    )  # fmt: skip
+    fields = {k: v for k, v in change.items() if k in sparse.Strategy._fields}
+
+    def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) -> sparse.Strategy:
+        plan = old[3](H, K, D, S, slots, small)._replace(**fields)
+        return plan if "limit" in fields else plan._replace(limit=max(slots * 3 // 2, plan.tokens * slots // 2))
+
+    if "lse" in change:
+        selection.lse_config = lambda *_: change["lse"]
+    if "score" in change:
+        selection.score_config = lambda *_: change["score"]
+    selection.SLAB_ELEMENTS = change.get("slab", old[2])
+    sparse.strategy = strategy
+    triton_index.GROUP_COST = change.get("cost", old[4])
+    triton_index.SEGMENT = change.get("segment", old[5])
+    selection._slabs.cache_clear()
+    try:
+        yield
+    finally:
+        selection.lse_config, selection.score_config, selection.SLAB_ELEMENTS, sparse.strategy = old[:4]
+        triton_index.GROUP_COST, triton_index.SEGMENT = old[4:]
+        selection._slabs.cache_clear()
+
+
+# ---------------------------------------------------------------------- running
+class Case:
+    """A workload's inputs and the stages as functions."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.x, self.layout, self.spec = draw(workload, device), workload.layout, workload.spec
+        self.indices = self.select()
+
+    def select(self) -> Tensor:
+        return select_blocks(self.x.q, self.x.k, self.spec, self.layout, backend="triton")
+
+    def forward(self) -> Tensor:
+        return sparse_attention(*self.x.leaves, self.indices, self.spec.block_size, self.layout, backend="triton")
+
+    def both(self) -> list[Tensor]:
+        out = self.forward()
+        return [out.detach(), *torch.autograd.grad(out, self.x.leaves, self.x.d_out)]
+
+    def of(self, kernel: str) -> Callable[[], Any]:
+        """What runs the kernels that a variant changes."""
+        if kernel == "shipped":
+            return lambda: (self.select(), self.both())
+        return self.select if kernel in SELECTING else self.both
+
+
+def disagreement(mine: Any, expected: Any) -> float:
+    """Largest relative difference of results; share of other blocks for a selection."""
+    if isinstance(mine, Tensor):
+        return 4 * float((mine != expected).any(-1).float().mean())
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(mine, expected, strict=True))
+
+
+def check_share(D: int, part: int, parts: int, out: Path) -> None:
+    """A worker's share of the variants: errors as text, by the number of the variant."""
+    device = torch.device("cuda")
+    shape = SHAPES["1B-8K"] if D == 64 else SHAPES["8B-8K"]
+    lengths = (1024, 9000, 70000)[: 3 if D == 64 else 2]  # each has its own chunks of scores
+    cases = [Case(replace(shape, rows=((n,),)), device) for n in lengths]
+    expected = {kernel: [case.of(kernel)() for case in cases] for kernel in ("lse", "union")}
+    results: dict[int, str] = {}
+    for i, (kernel, _, change) in enumerate(variants(D)):
+        if i % parts != part or kernel == "shipped":
+            continue
+        try:
+            with applied(change):
+                selecting = kernel in SELECTING
+                wanted = expected["lse" if selecting else "union"]
+                pairs = zip(cases if selecting else cases[:1], wanted, strict=False)
+                error = max(disagreement(case.of(kernel)(), right) for case, right in pairs)
+            results[i] = "" if error <= AGREE else f"off by {error:.1e}"
+        except Exception as error:  # any failure rules the variant out, and the others still count
+            results[i] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
+    out.write_text(json.dumps(results))
+
+
+def kernel_times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds per call of every kernel."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / 1e3 / repeats
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    }
+
+
+COUNTED = {
+    "lse": ("lse_kernel",), "score": ("score_kernel", "select_kernel"), "slab": ("score_kernel", "select_kernel"),
+    "union": ("union_kernel", "union_forward_kernel", "union_dq_kernel"),
+    "token": ("token_forward_kernel", "token_dq_kernel"), "segment": ("dkv_kernel", "dkv_reduce_kernel"),
+}  # fmt: skip
+
+
+def counted(kernel: str, times: dict[str, float]) -> dict[str, float]:
+    """The times that a variant is judged by."""
+    names = COUNTED.get(kernel, ("dkv_kernel", "dkv_reduce_kernel"))
+    return {name: times.get(name, 0.0) for name in names}
+
+
+def time_shape(name: str, valid: dict[int, str], budget_s: float) -> dict[str, Any]:
+    """Times of the shipped configuration and of every variant that agrees."""
+    workload, device = SHAPES[name], torch.device("cuda")
+    start = time.perf_counter()
+    case = Case(workload, device)
+    repeats = 2 if workload.rows[0][0] > 100000 else 4
+    base = kernel_times(case.of("shipped"), repeats)
+    record: dict[str, Any] = {"kernels": base, "variants": {}}
+    print(f"== {name}: " + ", ".join(f"{k[:24]} {v:.3f}" for k, v in sorted(base.items(), key=lambda x: -x[1])[:18]))
+    for label, function in (("select", case.select), ("forward", case.forward), ("both", case.both)):
+        timing = measure(function, device)
+        record[label] = {"device": timing.median, "host": timing.host, "wall": timing.wall}
+        print(f"   {label}: {timing.median:.3f} ms, host {timing.host:.3f}, wall {timing.wall:.3f}")
+    for direction in ("forward", "forward+backward"):
+        if workload.inputs == "correlated":
+            record[f"full {direction}"] = measure(full("cuda", direction).build(workload, case.x), device, 30).median
+            print(f"   full {direction}: {record[f'full {direction}']:.3f}")
+    for i, (kernel, label, change) in enumerate(variants(workload.head_dim)):
+        if kernel == "shipped" or valid.get(i, "not run") or time.perf_counter() - start > budget_s:
+            continue
+        try:
+            with applied(change):
+                times = counted(kernel, kernel_times(case.of(kernel), repeats))
+            record["variants"][f"{kernel} {label}"] = times
+        except RuntimeError as error:
+            print(f"   {kernel} {label}: {str(error)[:80]}")
+        torch.cuda.empty_cache()
+    return record
+
+
+def report(name: str, record: dict[str, Any]) -> None:
+    """Per kernel the variants, best first."""
+    kernels: dict[str, list[tuple[float, str]]] = {}
+    for label, times in record["variants"].items():
+        kernel, rest = label.split(" ", 1)
+        each = "+".join(f"{t:.3f}" for t in times.values())
+        kernels.setdefault(kernel, []).append((sum(times.values()), f"{rest} ({each})"))
+    for kernel, found in kernels.items():
+        best = sorted(found)[:7]
+        print(f"{name} {kernel}: " + " | ".join(f"{t:.3f} {label}" for t, label in best))
+
+
+def main() -> None:
+    """Compile and check side by side, then time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--budget", type=float, default=18.0, help="seconds per shape")
+    parser.add_argument("--share", nargs=3, type=int, help=argparse.SUPPRESS)  # head dim, part, parts: a worker
+    arguments = parser.parse_args()
+    if arguments.share:
+        check_share(*arguments.share, arguments.out)
+        return
+    start = time.perf_counter()
+    half = max(1, arguments.workers // 2)
+    files = {(D, i): arguments.out.with_suffix(f".{D}.{i}.tmp") for D in (64, 128) for i in range(half)}
+    workers = [
+        subprocess.Popen([sys.executable, __file__, "--out", str(f), "--share", str(D), str(i), str(half)])
+        for (D, i), f in files.items()
+    ]
+    for worker in workers:
+        worker.wait()
+    valid: dict[int, dict[int, str]] = {64: {}, 128: {}}
+    for (D, _), f in files.items():
+        if f.exists():
+            valid[D] |= {int(k): v for k, v in json.loads(f.read_text()).items()}
+            f.unlink()
+    for D, found in valid.items():
+        bad = {i: text for i, text in found.items() if text}
+        print(f"D {D}: {len(found) - len(bad)} variants agree, checked in {time.perf_counter() - start:.0f} s")
+        for i, text in bad.items():
+            print(f"   {' '.join(variants(D)[i][:2])}: {text}")
+    records = {}
+    for name in arguments.shapes:
+        records[name] = time_shape(name, valid[SHAPES[name].head_dim], arguments.budget)
+        arguments.out.write_text(json.dumps(records, indent=1))
+    for name, record in records.items():
+        report(name, record)
+    print(f"{torch.cuda.get_device_name()}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
