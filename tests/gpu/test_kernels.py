@@ -111,7 +111,7 @@ def error(x: Tensor, exact: Tensor) -> float:
 
 
 def deviation(x: Tensor, exact: Tensor, d_out: Tensor, layout: DocumentLayout) -> float:
-    """As :func:`error`; relative to d_out where all documents have one token, whose dq and dk are 0 but for rounding."""
+    """As :func:`error`; relative to d_out if all documents have one token: their dq and dk are 0 but for rounding."""
     return error(x, exact) if layout.max_length > 1 else float((x.double() - exact).norm() / d_out.double().norm())
 
 

@@ -64,22 +64,9 @@ def sparse_stream(
         )
     found.load()
     op = torch.ops.ssa
-    if op.sparse_forward.default._schema.arguments[4].name == "lengths":
-        rest = (layout.lengths, block_size, scale)
-    else:
-        rest = _grids(q, k, block_size, slots, layout, scale)
+    rest = (layout.lengths, block_size, scale)
     return Stream(
         found.name,
         lambda q, k, v, i: op.sparse_forward(q, k, v, i, *rest),
         lambda d_out, q, k, v, i, results: op.sparse_backward(d_out, q, k, v, i, *results, *rest),
     )
-
-
-def _grids(q: Tensor, k: Tensor, block_size: int, slots: int, layout: DocumentLayout, scale: float) -> tuple[Any, ...]:
-    from ssa.ops.sparse.triton import _bitmap_rows, strategy
-
-    device = q.device
-    tokens = strategy(q.shape[2], k.shape[2], q.shape[3], block_size, slots).tokens
-    tiles, supers = layout.block_grid(tokens, device), layout.block_grid(4 * block_size, device)
-    starts, (offsets, words) = layout.starts(device), _bitmap_rows(layout, block_size, str(device))
-    return starts, tiles.block_start, supers.block_start, supers.first_block, offsets, words, block_size, scale
