@@ -21,7 +21,7 @@ class Timing:
 
     Attributes:
         median: device time (on a CPU: wall time), nothing of the arguments in the cache and the whole call queued
-            before the device reaches it: gaps in which the device would wait for the host are not in it but in ``wall``.
+            before the device reaches it: where the device would wait for the host shows in ``wall`` only.
         low, high: 20th and 80th percentile.
         repeats: timed calls.
         wall: wall time per call of calls queued one after another; above ``median`` if the host cannot keep up.

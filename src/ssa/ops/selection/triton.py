@@ -61,7 +61,7 @@ def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
 
 def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout, scale: float) -> Tensor:
     """See :func:`ssa.ops.select_blocks`."""
-    return torch.ops.ssa.select_blocks(  # type: ignore[no-any-return]
+    return torch.ops.ssa.select_blocks(
         q,
         k,
         layout.lengths,
@@ -116,7 +116,7 @@ def _select(
     launch = Launcher(q.device, q.dtype, H, K, D, q_stride, k_stride)
     blocks, first_block = grid.num_blocks, grid.first_block
     pooled = torch.empty(blocks, K, D, dtype=k.dtype, device=k.device)
-    arguments = (k, pooled, grid.block_start, *k_stride, K, blocks)
+    arguments: tuple[Any, ...] = (k, pooled, grid.block_start, *k_stride, K, blocks)
     launch(pool_kernel, (ceil_div(blocks, 8), K, 1), arguments, (D, DP, S, 8), Launch(4))
 
     config = lse_config(D, where)
@@ -124,7 +124,7 @@ def _select(
     tiles = tile_start.numel() - 1
     lse = torch.empty(H, N, dtype=torch.float32, device=q.device)
     arguments = (q, pooled, lse, tile_start, starts, first_block, tiles, *q_stride, N, K, c, G)
-    constants = (D, DP, S, config.tokens, config.blocks)
+    constants: tuple[Any, ...] = (D, DP, S, config.tokens, config.blocks)
     launch(lse_kernel, (tiles, H, 1), arguments, constants, config.how)
 
     config = score_config(D, where)
@@ -141,12 +141,12 @@ def _select(
     forced = () if official else (first_blocks, local_blocks)
     constants = (D, DP, S, config.tokens, config.blocks, chunk)
     for tile, tiles, row, count, seen in plans:
-        grid = (ceil_div(seen, config.blocks), tiles, K)
+        size = (ceil_div(seen, config.blocks), tiles, K)
         arguments = (
             q, pooled, lse, score, chunk_max, tile_start, starts, first_block, tile, tiles, row, *q_stride, N, K,
             width, c, first_blocks, local_blocks, G,
         )  # fmt: skip
-        launch(score_kernel, grid, arguments, constants, config.how)
+        launch(score_kernel, size, arguments, constants, config.how)
         chunks = max(4, next_power_of_two(ceil_div(seen, chunk)))
         launch(
             select_official_kernel if official else select_kernel,

@@ -301,7 +301,7 @@ class _Sparse(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = torch.ops.ssa.sparse_forward(*inputs)
         _setup_context(ctx, inputs, output)
-        return output  # type: ignore[no-any-return]
+        return output
 
     backward = staticmethod(_gradients)
 
