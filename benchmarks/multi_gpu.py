@@ -29,7 +29,6 @@ from typing import Any
 from ssa.bench.result import header
 from ssa.bench.targets import Target, one_line, update
 from ssa.data import prepare
-from ssa.model import SSAConfig
 from ssa.train.recipe_file import dump_recipe, load_recipe
 
 WORKER = Path(__file__).with_name("multi_gpu_worker.py")
@@ -78,19 +77,14 @@ class Setting:
         values |= {"training.precision": "fp32", "training.device": "cpu"} if self.tiny else {}
         if method == "ssa-8":
             values["model.align_query_fraction"] = 0.125
-        recipe = load_recipe(f"{base}/{method.partition('-')[0]}", values | _dotted(changes))
+        values |= {key.replace("__", "."): value for key, value in changes.items()}
+        recipe = load_recipe(f"{base}/{method.partition('-')[0]}", values)
         path = self.out / f"{name}.yaml"
         path.write_text(dump_recipe(recipe))
         return path
 
 
-def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("__", "."): value for key, value in changes.items()}
-
-
-def methods() -> list[str]:
-    """Full attention, SSA exact, and with alignment on 1/8 of the queries where this version has it."""
-    return ["full", "ssa", *(["ssa-8"] if hasattr(SSAConfig, "align_query_fraction") else [])]
+METHODS = ("full", "ssa", "ssa-8")  # SSA exact, and with alignment on 1/8 of the queries
 
 
 # ---------------------------------------------------------------------- jobs
@@ -100,8 +94,9 @@ class Job:
     def __init__(self, setting: Setting, name: str, commands: Sequence[tuple[list[str], dict[str, str]]]) -> None:
         self.setting, self.name, self.start = setting, name, time.monotonic()
         self.log = setting.out / f"{name}.log"
-        # One host, perhaps without a network: the loopback is always there.
-        quiet = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # One host, perhaps without a network: the loopback is always there. Several jobs share the cores.
+        quiet = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+        quiet |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         with self.log.open("ab") as log:
             self.processes = [
                 subprocess.Popen(
@@ -130,8 +125,13 @@ class Job:
 
     def kill(self) -> None:
         """End what still runs of this job's own processes."""
-        for process in self.processes:
-            if process.poll() is None:
+        running = [process for process in self.processes if process.poll() is None]
+        for process in running:
+            process.terminate()  # a launcher ends its processes
+        for process in running:
+            try:
+                process.wait(10.0)
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -147,8 +147,9 @@ class Job:
 
 def torchrun(size: int, *command: str) -> list[tuple[list[str], dict[str, str]]]:
     """``command`` (a script or ``-m`` and a module, with arguments) on ``size`` processes, or alone."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
-    return [([sys.executable, *launcher, *command], {})]
+    here = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]  # no host name has to resolve
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), *here]
+    return [([sys.executable, *(launcher if size > 1 else []), *command], {})]
 
 
 def worker(setting: Setting, name: str, size: int, kind: str, **arguments: Any) -> Job:
@@ -204,14 +205,14 @@ def equality(setting: Setting) -> list[dict[str, Any]]:
     jobs = []
     for number, (size, changes) in enumerate(PLACES.values()):
         recipes = []
-        for method in methods():
+        for method in METHODS:
             saves = {"training__checkpoint_every": SAVE_AT} if (method, number) == RESUMED else {}
             path = setting.recipe(f"{method}-{number}", method, **changes, **saves)
             recipes.append((str(path), str(setting.runs / path.stem)))
         jobs.append(worker(setting, f"equality-{number}", size, "runs", recipes=recipes))
     for job in jobs:
         job.wait(120.0)
-    return [compare(setting, method) for method in methods()]
+    return [compare(setting, method) for method in METHODS]
 
 
 def compare(setting: Setting, method: str) -> dict[str, Any]:

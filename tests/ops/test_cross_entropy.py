@@ -108,3 +108,23 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     hidden, weight, targets = inputs()
     with pytest.raises(InputError, match=r"shapes .*\(22,\)"):
         linear_cross_entropy(hidden, weight, targets[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_in_bf16_it_rounds_no_more_than_the_two_operations(compiled: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(600, 256, generator=generator, device="cuda", requires_grad=True)
+    weight = (torch.randn(5000, 256, generator=generator, device="cuda") / 16).requires_grad_()
+    targets = torch.randint(0, 5000, (600,), generator=generator, device="cuda")
+    targets[::7] = -100
+    exact = torch.autograd.grad(plain(hidden.double(), weight.double(), targets), (hidden, weight))
+    errors = []
+    for function in (lambda *x: linear_cross_entropy(*x, chunk_rows=256, compiled=compiled), plain):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = function(hidden, weight, targets)
+        found = torch.autograd.grad(loss, (hidden, weight))
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours <= 1.1 * theirs
