@@ -203,7 +203,7 @@ def test_a_strided_cache_is_read_in_place() -> None:
 
 
 def test_long_chunks_of_new_tokens() -> None:
-    """400 new tokens at once, in slabs, equal one at a time."""
+    """400 new tokens at once equal one at a time."""
     shape = SHAPES[0]._replace(N=400)
     x, lengths = cache(shape, [4096, 3000], [0, 100]), integers([4096, 3000])
     starts = integers([0, 100])
