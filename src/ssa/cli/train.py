@@ -24,11 +24,14 @@ class Command:
 
     Attributes:
         recipe: YAML file or shipped name.
+        checkpoint: train these weights on: model or run folder, or a Llama, Mistral, Qwen2, Qwen3 or published SSA
+            checkpoint. Gives the shape of the model; everything else is the recipe's.
         resume: go on with the run in --out from its newest checkpoint, or from the checkpoint at this path.
         dry_run: print the resolved recipe, its size and an estimate of its memory, and stop.
     """
 
     recipe: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str | None, tyro.conf.arg(name="from", metavar="CHECKPOINT")] = None
     resume: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""
     dry_run: bool = False
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field()
@@ -69,6 +72,7 @@ def parse(argv: list[str]) -> Command:
         ConfigError: no recipe, or values that the recipe's checks refuse.
         SystemExit: from tyro; 2 for an unknown flag or an ill-typed value, 0 after ``--help``.
     """
+    from ssa.train.continued import shape_of
     from ssa.train.recipe_file import load_recipe, shipped_recipes
 
     wants_help = "-h" in argv or "--help" in argv
@@ -77,8 +81,20 @@ def parse(argv: list[str]) -> Command:
         expected = f"a YAML file or one of {', '.join(shipped_recipes())}"
         raise ConfigError("first argument", argv[0] if argv else "no recipe", expected)
     name = argv[0] if named else "quickstart/ssa"
-    default = Command(recipe=name, settings=load_recipe(name))
+    checkpoint = _value_of("--from", argv)
+    shape = {} if checkpoint is None else shape_of(checkpoint)
+    default = Command(recipe=name, settings=load_recipe(name, shape))
     return tyro.cli(Command, args=_spell_out_resume(argv), default=default, prog="ssa train", description=_DESCRIPTION)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """What follows a flag; its value is needed before the other flags have their defaults."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == flag and following and not following.startswith("--"):
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _spell_out_resume(argv: list[str]) -> list[str]:

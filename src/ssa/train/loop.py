@@ -29,6 +29,7 @@ from ssa.train.build import (
     read_validation_rows,
     recompute_activations,
 )
+from ssa.train.continued import check_vocabulary, choose_trainable, merge_adapters
 from ssa.train.cost import advise, must_recompute, step_flops, step_pairs
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
@@ -106,7 +107,11 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: str | Path | No
     with open_ranks(world, device, recipe.training.timeout_seconds) as ranks, ExitStack() as stack:
         with ranks.watch(lambda: "start"):
             folder = _open_folder(ranks, path, resume, recipe, dataset, stack)
-            model = build_model(config, recipe.seed, recipe.model.weights if folder.start is None else None)
+            weights = recipe.model.weights if folder.start is None else None
+            if weights is not None:
+                check_vocabulary(weights, dataset.tokenizer().get_vocab(), recipe.data.path)
+            model = build_model(config, recipe.seed, weights)
+            choose_trainable(model, recipe.model, recipe.seed)
             trainer = Trainer(recipe, model, dataset, validation, folder, device, ranks)
             ranks.lead(lambda: None)  # weights may take a while to make or read; wait for the last rank
         with ranks.watch(lambda: f"step {trainer.step + 1}"):
@@ -368,7 +373,8 @@ class Trainer:
 
     def _export(self) -> None:
         tensors = gather(model_tensors(self.model), self.ranks.leads)
-        self.ranks.lead(lambda: export_model(self.model.config, tensors, Path(self.recipe.data.path), self.folder))
+        config, data, section = self.model.config, Path(self.recipe.data.path), self.recipe.model
+        self.ranks.lead(lambda: export_model(config, merge_adapters(tensors, section), data, self.folder))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._begin

@@ -21,6 +21,7 @@ from ssa.train.trackers import Tracker
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["cosine", "constant"]
+Trainable = Literal["all", "attention", "lora"]
 
 #: Which wavelengths Llama 3's RoPE scaling stretches, as shares of the original length.
 LLAMA3_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -62,6 +63,11 @@ class ModelSection:
         rope_factor: stretch positions by this factor with Llama 3's scaling, to train on longer documents; None: none.
         rope_original_length: with rope_factor, the longest document that the model was trained on before.
         weights: model folder, or run folder, whose weights training starts from; None: random ones.
+        trainable: what of it trains: all weights, those of attention (q, k, v, o, gate), or LoRA matrices beside them.
+        lora_rank: rank of LoRA's matrices.
+        lora_alpha: LoRA's scale times its rank.
+        qkv_bias: biases on the projections to q, k and v (as in Qwen2).
+        qk_norm: norm over each head of q and k (as in Qwen3).
         tie_word_embeddings: share input and output embeddings.
         gated: multiply each head's output by a learnt sigmoid gate.
         block_size: tokens per block, a power of two.
@@ -96,6 +102,11 @@ class ModelSection:
     rope_factor: float | None = None
     rope_original_length: int | None = None
     weights: str | None = None
+    trainable: Trainable = "all"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = True
     gated: bool = True
     block_size: int = 16
@@ -241,7 +252,8 @@ class Recipe:
         values: dict[str, Any] = dataclasses.asdict(self.model)
         values["vocab_size"] = self.model.vocab_size or vocab_size or 1
         values["max_position_embeddings"] = self.model.max_position_embeddings or self.data.row_length
-        del values["weights"]
+        for key in ("weights", "trainable", "lora_rank", "lora_alpha"):
+            del values[key]
         theta, factor = values.pop("rope_theta"), values.pop("rope_factor")
         original = values.pop("rope_original_length")
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
@@ -294,7 +306,14 @@ def _check_name_and_seed(recipe: Recipe) -> None:
 
 def _check_model(model: ModelSection) -> None:
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    lengths = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_original_length", "window_size")
+    lengths = (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rope_original_length",
+        "window_size",
+        "lora_rank",
+    )
     _require_positive("model", model, (*shape, *lengths))
     _require(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "an even number (rotary pairs)")
     for key in ("rms_norm_eps", "initializer_range", "rope_theta"):
