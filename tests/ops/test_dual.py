@@ -318,6 +318,19 @@ def test_under_activation_checkpointing(main: str) -> None:
         assert torch.equal(x, y)
 
 
+def test_compiles_without_a_graph_break() -> None:
+    inputs, _ = case(torch.float32)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        out, alignment = ssa_attention(q, k, v, gate, "sparse", spec=SparseSpec(S, 2), layout=LAYOUT)
+        return out.square().sum() + alignment.loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for x, y in zip(*(grads(inputs, f(*inputs)) for f in (step, compiled)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_runs_inside_autocast_in_the_dtype_of_its_inputs() -> None:
     inputs, indices = case(torch.float32)
     plain, _ = run(inputs, indices, full_backend="reference")

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     def streams(self, full: Tensor, sparse: Tensor, gate: Tensor | None) -> Streams:
         """What the passes read; ``full [R, H, D]`` or ``[B, T, H, D]``, ``sparse [B, T, H, D]``, ``gate [B, T, H]``."""
         sparse_, gate_ = sparse.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
-        return Streams(full.view(-1, *sparse_.shape[1:]), sparse_, gate_, self.rows, self.main, self.spec)
+        return Streams(full.reshape(-1, *sparse_.shape[1:]), sparse_, gate_, self.rows, self.main, self.spec)
 
 
 class BothStreams(torch.autograd.Function):
@@ -58,7 +58,7 @@ class BothStreams(torch.autograd.Function):
             full = _full_forward(plan, q, k, v, indices)
             streams = plan.streams(full[0], sparse[0], gate)
             out, distance, mass = plan.passes.forward(
-                streams, full[1].view(streams.full.shape[:2]), sparse[1].flatten(0, 1)
+                streams, full[1].reshape(streams.full.shape[:2]), sparse[1].flatten(0, 1)
             )
         loss = distance * (plan.spec.weight * (2 if plan.spec.directions == "both" else 1))
         ctx.save_for_backward(q, k, v, gate, indices, *full, *sparse)

@@ -49,8 +49,8 @@ def ranges(spans: Sequence[tuple[int, int]]) -> Tensor:
     if not spans:
         return torch.empty(0, dtype=torch.int64)
     first, size = torch.tensor(spans, dtype=torch.int64).unbind(1)
-    ends = size.cumsum(0)
-    return torch.arange(int(ends[-1])) + (first - ends + size).repeat_interleave(size)
+    before = size.cumsum(0) - size
+    return torch.arange(sum(n for _, n in spans)) + (first - before).repeat_interleave(size)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssa.ops.triton_support import ceil_div, next_power_of_two
 
-ELEMENTS = 4096  # of a program's tile
+ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
 
 
 @triton.jit
