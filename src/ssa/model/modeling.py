@@ -29,7 +29,7 @@ from ssa.model.configuration import SSAConfig
 from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
 from ssa.model.modes import AttentionModes, Observer
-from ssa.model.regions import LayerOfRegions, after_attention, before_attention
+from ssa.model.regions import LayerOfRegions, after_attention, before_attention, project_all
 from ssa.ops import (
     Alignment,
     AlignmentSpec,
@@ -118,12 +118,14 @@ class SSAAttention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``x [B, T, C]`` -> q ``[B, T, H, D]`` and k, v ``[B, T, K, D]`` after RoPE, gate ``[B, T, H * branches]``."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        modules = (self.q_proj, self.k_proj, self.v_proj, *([self.g_proj] if self.config.gated else []))
+        *heads, gate = (*project_all(modules, x), None)[:4]  # no gate: None
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in heads)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-        gate = torch.sigmoid(self.g_proj(x)) if self.config.gated else None
-        return q.to(v.dtype), k.to(v.dtype), v, gate  # under autocast cos and sin are wider than the projections
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast cos and sin are wider than the projections
+        return q, k, v.contiguous(), None if gate is None else torch.sigmoid(gate)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: AttentionCall

@@ -8,12 +8,13 @@ Shapes: B batch, T tokens, H query heads, K key-value heads, D head dim, C hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,6 +37,18 @@ def after_attention(layer: SSADecoderLayer, x: Tensor, out: Tensor, gate: Tensor
         out = out * gate[..., None].to(out.dtype)
     x = x + layer.self_attn.o_proj(out.flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def project_all(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """``module(x)`` of each. In compiled training steps one product: keys, values and gates are too narrow for a GPU.
+
+    Only of plain linear layers; adapted or quantised ones are called.
+    """
+    plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+    if not (plain and torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return [module(x) for module in modules]
+    weights = [cast("Tensor", module.weight) for module in modules]
+    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
 
 
 @cache
