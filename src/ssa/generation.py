@@ -106,7 +106,7 @@ def generate(
     streamer = _Streamer(tokenizer, on_text)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    given: dict[str, Any] = {} if cache is None else {CACHE_NAME: cache}
+    given: dict[str, Any] = {CACHE_NAME: cache}
     if stop:
         given |= {"stop_strings": stop, "tokenizer": tokenizer}
     with torch.no_grad(), _adaptive(network, num_blocks, max_dropped_mass, flavour):
@@ -130,8 +130,8 @@ def generate(
         prefill_seconds=streamer.first - streamer.started,
         decode_seconds=streamer.last - streamer.first,
         attention=attention,
-        dropped_mass=None if cache is None else cache.dropped_mass(),
-        blocks_taken=None if cache is None else cache.blocks_taken(),
+        dropped_mass=cache.dropped_mass(),
+        blocks_taken=cache.blocks_taken(),
     )
 
 
@@ -197,13 +197,15 @@ def _check_room(network: PreTrainedModel, prompt: int, new: int) -> None:
         raise ConfigError("--max-new-tokens", f"{prompt} prompt + {new} new tokens", f"at most {limit} in all", "fewer")
 
 
-def _cache(network: PreTrainedModel, rows: int, report_mass: bool) -> BlockCache | None:
-    """A static cache on a GPU, whose steps are captured; None for stock models, which make their own."""
+def _cache(network: PreTrainedModel, rows: int, report_mass: bool) -> BlockCache:
+    """For our models on a GPU a static one, whose steps are captured."""
+    config: Any = network.config
     if not isinstance(network, SSAForCausalLM):
         if report_mass:
-            raise ConfigError("--report-mass", f"a model of type {network.config.model_type}", "a model of ours")
-        return None
+            raise ConfigError("--report-mass", f"a model of type {config.model_type}", "a model of ours")
+        text = config.get_text_config()
+        return BlockCache(text.num_hidden_layers, text.ssa_block_size)
     on_gpu = network.device.type == "cuda"
-    cache = BlockCache.from_config(network.config, rows if on_gpu and not report_mass else None)
+    cache = BlockCache.from_config(config, rows if on_gpu and not report_mass else None)
     cache.report_mass(report_mass)
     return cache

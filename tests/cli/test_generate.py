@@ -117,3 +117,19 @@ def test_bad_values_are_refused(folder, given, message):
 def test_an_opened_model_needs_its_tokenizer(opened):
     with pytest.raises(ConfigError, match="tokenizer: got None"):
         ssa.generate(opened[0], PROMPT)
+
+
+def test_a_stock_model(folder, opened, tmp_path):
+    from ..model.interface.stock import stock
+
+    model, tokenizer = stock(vocab_size=270), opened[1]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = ssa.generate(tmp_path, PROMPT, mode="sparse", num_blocks=2, max_new_tokens=8)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    ssa.configure(model, num_blocks=2)
+    expected = model.generate(ids, use_cache=False, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    assert done.text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    for refused in ({"report_mass": True}, {"max_dropped_mass": 0.1}):
+        with pytest.raises(ConfigError, match="a model of type llama"):
+            ssa.generate(tmp_path, PROMPT, max_new_tokens=8, **refused)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssa.errors import InputError
+from ssa.model.cache import BlockLayer
 from ssa.model.interface.alignment import STREAM, StepStream, attach, check_stream
 from ssa.model.interface.places import CacheRows, Memo, cache_rows, documents
 from ssa.model.interface.settings import Settings, settings_of
@@ -79,7 +80,7 @@ def attention(
         key_ = (B, Q, C, k.device)
         past = _cache_rows.get((attention_mask,), key_, lambda: cache_rows(*key_[:3], attention_mask, k.device))
         if not past.is_empty:
-            return _with_past(q, k, v, past, settings, scaling), None
+            return _with_past(q, k, v, past, settings, scaling, getattr(key, "ssa_layer", None)), None
         k, v = k[:, :Q], v[:, :Q]  # a static cache hands out its unused rows too
     mask = None if attention_mask is None else attention_mask[:, :Q]
     layout = _documents.get(
@@ -101,8 +102,11 @@ def attention(
     return sparse_attention(q, k, v, indices, spec.block_size, layout, scale=scaling), None
 
 
-def _with_past(q: Tensor, k: Tensor, v: Tensor, past: CacheRows, settings: Settings, scale: float | None) -> Tensor:
-    """New tokens against a cache of transformers, which holds no block means: they are computed anew."""
+def _with_past(
+    q: Tensor, k: Tensor, v: Tensor, past: CacheRows, settings: Settings, scale: float | None, held: BlockLayer | None
+) -> Tensor:
+    """New tokens against a cache: a layer of a :class:`BlockCache` keeps block means; for another cache, which holds
+    none, they are computed anew at every step."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise InputError(
             WHERE, "gradients through a key-value cache", "use_cache=False in training, or torch.no_grad()"
@@ -111,8 +115,13 @@ def _with_past(q: Tensor, k: Tensor, v: Tensor, past: CacheRows, settings: Setti
     if settings.mode == "full":
         return full_decode_attention(q, k, v, lengths, starts=starts, scale=scale)
     spec = settings.sparse_spec()
-    pooled = k.new_empty(k.shape[0], -(-k.shape[1] // spec.block_size), *k.shape[2:])
-    update_pooled(pooled, k, lengths, k.shape[1], starts, spec.block_size)
+    if held is None:
+        pooled = k.new_empty(k.shape[0], -(-k.shape[1] // spec.block_size), *k.shape[2:])
+        update_pooled(pooled, k, lengths, k.shape[1], starts, spec.block_size)
+    else:
+        held.positions.starts = starts
+        held.set_block_size(spec.block_size)
+        pooled = held.pooled()[0]
     return decode_attention(q, k, v, pooled, lengths, spec, starts=starts, scale=scale)
 
 
