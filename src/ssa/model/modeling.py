@@ -119,13 +119,13 @@ class SSAAttention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``x [B, T, C]`` -> q ``[B, T, H, D]`` and k, v ``[B, T, K, D]`` after RoPE, gate ``[B, T, H * branches]``."""
         modules = (self.q_proj, self.k_proj, self.v_proj, *([self.g_proj] if self.config.gated else []))
-        *heads, gate = (*project_all(modules, x), None)[:4]  # no gate: None
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in heads)
+        parts = project_all(modules, x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in parts[:3])
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast cos and sin are wider than the projections
-        return q, k, v.contiguous(), None if gate is None else torch.sigmoid(gate)
+        return q, k, v.contiguous(), torch.sigmoid(parts[3]) if self.config.gated else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: AttentionCall
