@@ -32,6 +32,7 @@ from ssa.ops import SparseSpec, adaptive_blocks, dropped_mass, full_attention, s
 
 SCHEMA = "ssa.adaptive/1"
 LIMITS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+BLOCK_LIMITS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1)  # of one block
 QUANTILE = 0.95  # of true over estimated odds: the safety that makes 5 % of the queries exceed their limit
 FEWEST = 4  # a query with fewer blocks in its past has nothing to choose
 
@@ -74,7 +75,7 @@ def observe_into(layers: list[Layer], spec: SparseSpec, calibrate: bool) -> Any:
         layer.blocks += float(((indices >= 0).sum(-1) * choice).sum())
         layer.mean_mass += float((mass.mean(-1) * choice).sum())
         layer.worst_mass += float((worst * choice).sum())
-        if limit is not None:
+        if limit is not None and spec.flavour != "per_block":
             layer.exceeded += float(((worst > limit + 1e-5) & choice).sum())  # 1e-5: rounding of two float32 lse
         if calibrate and found is not None:
             drops = choice & (found.bound > 1e-6) & (worst > 1e-6)
@@ -139,8 +140,9 @@ def evaluate(model: SSAForCausalLM, dataset: PackedDataset, rows: int) -> dict[s
     half = PackedDataset(dataset.path, "train")  # the safety is fitted on text that the comparison does not see
     fitted = measure(model, half, max(2, rows // 2), SparseSpec(S, every, max_dropped_mass=0.1), calibrate=True)
     adaptive = []
-    for flavour, safety in (("estimated", 1.0), ("estimated", fitted["safety"]), ("certified", 1.0)):
-        for limit in LIMITS:
+    flavours = (("estimated", 1.0), ("estimated", fitted["safety"]), ("certified", 1.0), ("per_block", 1.0))
+    for flavour, safety in flavours:
+        for limit in BLOCK_LIMITS if flavour == "per_block" else LIMITS:
             spec = SparseSpec(S, every, max_dropped_mass=limit, flavour=flavour, safety=safety)  # type: ignore[arg-type]
             run = {"flavour": flavour, "limit": limit, "safety": safety, **measure(model, dataset, rows, spec)}
             for what in ("perplexity", "dropped_mass", "worst_dropped_mass"):

@@ -18,8 +18,18 @@ from ssa.ops.decode import attend_blocks_cached, decode_attention, select_blocks
 S = 8
 
 
-def true_dropped(q: Tensor, k: Tensor, indices: Tensor, block_size: int = S) -> Tensor:
+def true_dropped(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
     """Dropped mass of the worst head ``[B, T, K]`` in float64, summed over the tokens that are left out."""
+    return dropped_by_head(q, k, indices).amax(-1)
+
+
+def mean_dropped(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+    """The same, mean over heads."""
+    return dropped_by_head(q, k, indices).mean(-1)
+
+
+def dropped_by_head(q: Tensor, k: Tensor, indices: Tensor, block_size: int = S) -> Tensor:
+    """``[B, T, K, G]``."""
     B, T, _, D = q.shape
     K = k.shape[2]
     query = q.double().unflatten(2, (K, -1))
@@ -29,7 +39,7 @@ def true_dropped(q: Tensor, k: Tensor, indices: Tensor, block_size: int = S) -> 
     picked = torch.zeros(B, T, K, T // block_size + 2, dtype=torch.bool)
     picked.scatter_(3, torch.where(indices >= 0, indices, T // block_size + 1).long(), True)
     kept = picked[..., place // block_size][:, :, :, None]
-    return (logits.softmax(-1) * ~kept).sum(-1).amax(-1)
+    return (logits.softmax(-1) * ~kept).sum(-1)
 
 
 def random_case(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -96,7 +106,7 @@ def test_certified_drops_something() -> None:
     assert (found.counts[0, 40:] <= torch.arange(40, 64)[:, None] // S - 2).all()
 
 
-@pytest.mark.parametrize("flavour", ["estimated", "certified"])
+@pytest.mark.parametrize("flavour", ["estimated", "certified", "per_block"])
 def test_budgets_shrink_with_the_limit(flavour: str) -> None:
     q, k = random_case(torch.Generator().manual_seed(0), torch.float32)
     limits = [0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999]
@@ -129,6 +139,23 @@ def test_one_head_takes_the_fewest_blocks() -> None:
     enough = share @ subsets.T >= 0.85
     fewest = torch.where(enough, subsets.sum(1), 99.0).amin(1)
     assert torch.equal(found.counts[:, 0].double(), fewest)
+
+
+def test_a_limit_per_block_drops_the_least_at_its_cost() -> None:
+    """Uniform blocks, so that estimates are masses: no fixed budget with as many blocks in all drops less in all."""
+    generator = torch.Generator().manual_seed(0)
+    q = 3 * torch.randn(2, 64, 4, 16, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, 8, 2, 16, generator=generator, dtype=torch.float64).repeat_interleave(S, 1)
+    share = lambda spec: (blocks := select_blocks(q, k, spec), mean_dropped(q, k, blocks))  # noqa: E731
+    fixed = [share(SparseSpec(S, n)) for n in range(1, 9)]
+    for limit in (0.001, 0.01, 0.05, 0.2):
+        blocks, dropped = share(SparseSpec(S, 64, max_dropped_mass=limit, flavour="per_block"))
+        cost = float((blocks >= 0).sum())
+        for other, mass in fixed:
+            if float((other >= 0).sum()) <= cost:
+                assert dropped.sum() <= mass.sum() + 1e-9
+    everything = select_blocks(q, k, SparseSpec(S, 64, max_dropped_mass=0.0, flavour="per_block"))
+    assert torch.equal((everything >= 0).sum(-1)[0, :, 0], torch.arange(64) // S + 1)
 
 
 def test_a_larger_safety_takes_more_blocks() -> None:
@@ -188,7 +215,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(adaptive_blocks(q, k, spec).indices, whole.indices)
 
 
-@pytest.mark.parametrize("flavour", ["estimated", "certified"])
+@pytest.mark.parametrize("flavour", ["estimated", "certified", "per_block"])
 @pytest.mark.parametrize("starts", [None, [0, 19]])
 def test_decoding_chooses_what_the_whole_sequence_chooses(flavour: str, starts: list[int] | None) -> None:
     generator = torch.Generator().manual_seed(0)

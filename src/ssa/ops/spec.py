@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ssa.errors import InputError
 
 SelectionRule = Literal["exact", "official"]
-Flavour = Literal["estimated", "certified"]
+Flavour = Literal["estimated", "certified", "per_block"]
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -32,7 +32,9 @@ class SparseSpec:
         max_dropped_mass: take for every query the fewest blocks, at most ``num_blocks``, whose remainder holds at most
             this share of every head's attention (0 <= share < 1); None takes ``num_blocks`` always. Beyond the paper.
         flavour: how that is known. ``"estimated"``: from the mean keys. ``"certified"``: from bounds that hold for
-            every key of a block, so that the limit is never exceeded where ``num_blocks`` suffices.
+            every key of a block, so that the limit is never exceeded where ``num_blocks`` suffices. ``"per_block"``:
+            the limit is not on the sum but on every block that is dropped, as a mean over the group's heads,
+            estimated; of all choices with as many blocks this one drops the least, over heads and queries together.
         safety: factor on the estimate, see ``docs/budgets.md``.
     """
 

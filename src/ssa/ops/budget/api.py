@@ -25,7 +25,7 @@ class AdaptiveBlocks(NamedTuple):
         indices: int32 ``[B, T, K, n]``, ascending, padded with -1; n is the largest number that a query took.
         counts: int32 ``[B, T, K]``.
         bound: float ``[B, T, K]``, on the dropped mass of the worst head of the group: an upper bound if certified, an
-            estimate otherwise. Above ``max_dropped_mass`` only where ``num_blocks`` was reached.
+            estimate otherwise. Above ``max_dropped_mass`` only where ``num_blocks`` was reached (or ``per_block``).
     """
 
     indices: Tensor

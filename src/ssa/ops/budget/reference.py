@@ -142,7 +142,11 @@ def choose(masses: Masses, own_log: Tensor, first: Tensor, position: Tensor, spe
     )  # [t, K, N] log D / K of the worst head
     limit = spec.max_dropped_mass or 0.0
     enough = odds <= (math.log(limit / (1 - limit)) if limit > 0 else -torch.inf)
-    wanted = enough.int().argmax(-1) + 1  # the last candidate drops nothing, so some place is enough
+    if spec.flavour == "per_block":
+        heavy = (score / low.shape[2] > limit) & candidate[:, None]  # the forced ones' scores are infinite
+        wanted = heavy.sum(-1)
+    else:
+        wanted = enough.int().argmax(-1) + 1  # the last candidate drops nothing, so some place is enough
     floor = forced.sum(-1)[:, None]
     counts = torch.minimum(torch.maximum(wanted, floor), candidate.sum(-1)[:, None]).clamp(max=spec.num_blocks)
     bound = odds.gather(-1, (counts - 1).clamp(min=0)[..., None])[..., 0].sigmoid().masked_fill(counts == 0, 0.0)
