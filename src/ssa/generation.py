@@ -84,7 +84,7 @@ def generate(
         tokenizer: of an opened model; that of the folder otherwise.
         mode: ``"full"`` or ``"sparse"``; num_blocks: blocks per query; None: the model's.
         max_dropped_mass: an adaptive budget: as many blocks as it takes, up to ``num_blocks`` if that is given;
-            flavour: ``"estimated"`` or ``"certified"``. See :class:`ssa.ops.SparseSpec`.
+            flavour: ``"estimated"``, ``"certified"``, ``"per_block"``. See :class:`ssa.ops.SparseSpec`.
         max_new_tokens: at most so many.
         temperature: 0 takes the most probable token each time; top_p: nucleus of the sampling; seed: of the sampling.
         stop: end after this text, or one of several.

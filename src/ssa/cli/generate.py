@@ -25,7 +25,8 @@ def generate(
         float | None, arg(help="adaptive budget: the fewest blocks that drop at most this share of the attention")
     ] = None,
     flavour: Annotated[
-        Literal["estimated", "certified"] | None, arg(help="how the adaptive budget knows; default estimated")
+        Literal["estimated", "certified", "per_block"] | None,
+        arg(help="how the adaptive budget knows; default estimated"),
     ] = None,
     max_new_tokens: Annotated[int, arg(help="how many tokens to add at most")] = 100,
     temperature: Annotated[float, arg(help="0 takes the most probable token each time")] = 0.0,

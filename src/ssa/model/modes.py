@@ -37,7 +37,7 @@ class AttentionModes:
             num_blocks: blocks per query of the sparse mode, in every layer; block_size: tokens per block.
             budgets: blocks per query of each layer, see :class:`SSAConfig`.
             max_dropped_mass: an adaptive budget, see :class:`ssa.ops.SparseSpec`, of at most ``num_blocks`` blocks if
-                that is given too, else without a cap; flavour: "estimated" or "certified".
+                that is given too, else without a cap; flavour: "estimated", "certified" or "per_block".
 
         Raises:
             ConfigError: unknown mode, impossible budget, full mode of an NSA model.
