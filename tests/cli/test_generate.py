@@ -128,7 +128,8 @@ def test_a_stock_model(folder, opened, tmp_path):
     done = ssa.generate(tmp_path, PROMPT, mode="sparse", num_blocks=2, max_new_tokens=8)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     ssa.configure(model, num_blocks=2)
-    expected = model.generate(ids, use_cache=False, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    fixed = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, use_cache=False, **fixed)
     assert done.text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     for refused in ({"report_mass": True}, {"max_dropped_mass": 0.1}):
         with pytest.raises(ConfigError, match="a model of type llama"):
