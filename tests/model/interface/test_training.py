@@ -59,6 +59,20 @@ def test_gradients_are_those_of_an_explicit_loss(stream: str, checkpointing: boo
     torch.testing.assert_close(told["alignment"], output.alignment, rtol=1e-5, atol=1e-8)
 
 
+def test_sampled_alignment_draws_the_rows_of_our_own_class() -> None:
+    model, ids = trained(align_query_fraction=0.25), tokens(2, 30)
+    twin = ours(model, alignment_weight=WEIGHT, align_query_fraction=0.25).train()
+    twin(ids, labels=ids, stream="sparse", sample_seed=5).loss.backward()
+    model(ids, labels=ids, stream="sparse", sample_seed=5, use_cache=False).loss.backward()
+    assert error(gradients(model), gradients(twin)) < 2e-5
+    model.zero_grad()
+    ssa.set_stream(model, "sparse", sample_seed=5)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert error(gradients(model), gradients(twin)) < 2e-5
+    with pytest.raises(InputError, match="seed"):
+        model(ids, labels=ids, stream="sparse", use_cache=False)
+
+
 def test_the_alignment_is_most_of_that_gradient() -> None:
     """Else the test above could not fail."""
     model, ids = trained(), tokens(2, 30)

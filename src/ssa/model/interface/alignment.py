@@ -16,10 +16,11 @@ REFUSED_DTYPE = torch.float16
 
 
 class StepStream(NamedTuple):
-    """Main stream of a training step, and the factor on its alignment."""
+    """Main stream of a training step, the factor on its alignment, and the seed of the rows that it samples."""
 
     stream: str | None = None
     alignment_scale: float = 1.0
+    sample_seed: int | None = None
 
 
 class AddLoss(torch.autograd.Function):
@@ -60,7 +61,9 @@ def attention_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def set_stream(model: nn.Module, stream: str | None, alignment_scale: float = 1.0) -> None:
+def set_stream(
+    model: nn.Module, stream: str | None, alignment_scale: float = 1.0, sample_seed: int | None = None
+) -> None:
     """Choose the main stream of the training steps from here on; the backward pass must come before the next change.
 
     The same as the keywords ``stream`` and ``alignment_scale`` of a forward call, for training loops that are not
@@ -70,13 +73,15 @@ def set_stream(model: nn.Module, stream: str | None, alignment_scale: float = 1.
         model: a model with our attention, wrapped or not.
         stream: ``"full"``, ``"sparse"``, or None for no choice.
         alignment_scale: 1 / micro-batches of the step: gradients add up, and the alignment is a mean.
+        sample_seed: where ``align_query_fraction`` is below 1, another one for every step:
+            :func:`ssa.train.streams.draw_sample_seed`. Layers draw by themselves.
 
     Raises:
         InputError: another stream.
     """
     check_stream(stream)
     for module in attention_modules(model):
-        setattr(module, STREAM, StepStream(stream, alignment_scale))
+        setattr(module, STREAM, StepStream(stream, alignment_scale, sample_seed))
 
 
 def check_stream(stream: object) -> None:

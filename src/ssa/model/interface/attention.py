@@ -50,6 +50,7 @@ def attention(
     cu_seq_lens_q: Tensor | None = None,
     stream: str | None = None,
     alignment_scale: float = 1.0,
+    sample_seed: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Full, sparse or both, as the config's ``ssa_*`` keys and the training stream say.
@@ -62,7 +63,7 @@ def attention(
         dropout: must be 0.
         scaling: logit scale, default ``D ** -0.5``.
         position_ids, cu_seq_lens_q: see :func:`ssa.model.interface.places.documents`.
-        stream, alignment_scale: of a training step; see :func:`ssa.model.interface.set_stream`.
+        stream, alignment_scale, sample_seed: of a training step; see :func:`ssa.model.interface.set_stream`.
 
     Returns:
         Output ``[B, Q, H, D]`` and None: there are no attention weights.
@@ -72,7 +73,7 @@ def attention(
     """
     _refuse(module, attention_mask, dropout, kwargs)
     settings = settings_of(cast("Any", module).config)
-    step = _step(module, settings, stream, alignment_scale)
+    step = _step(module, settings, StepStream(stream, alignment_scale, sample_seed))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE widens them
     B, Q, C = q.shape[0], q.shape[1], k.shape[1]
@@ -91,8 +92,9 @@ def attention(
     main = cast("Stream", step.stream or settings.mode)
     spec = settings.sparse_spec()
     if step.stream is not None and settings.alignment_weight and torch.is_grad_enabled():
+        seed = None if step.sample_seed is None else step.sample_seed + int(getattr(module, "layer_idx", None) or 0)
         out, alignment = ssa_attention(
-            q, k, v, None, main, spec=spec, alignment=settings.alignment_spec(), layout=layout, scale=scaling
+            q, k, v, None, main, spec=spec, alignment=settings.alignment_spec(), layout=layout, scale=scaling, seed=seed
         )
         layers = cast("Any", module).config.num_hidden_layers
         return attach(module, out, alignment, step.alignment_scale, layers), None
@@ -125,11 +127,11 @@ def _with_past(
     return decode_attention(q, k, v, pooled, lengths, spec, starts=starts, scale=scale)
 
 
-def _step(module: nn.Module, settings: Settings, stream: str | None, alignment_scale: float) -> StepStream:
+def _step(module: nn.Module, settings: Settings, given: StepStream) -> StepStream:
     """The stream of this pass: the call's, else the one that was set, else none."""
-    check_stream(stream)
-    if stream is not None:
-        return StepStream(stream, alignment_scale)
+    check_stream(given.stream)
+    if given.stream is not None:
+        return given
     if not module.training:
         return StepStream()
     step: StepStream = getattr(module, STREAM, StepStream())

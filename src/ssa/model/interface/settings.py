@@ -29,6 +29,7 @@ class Settings:
         block_size, num_blocks, first_blocks, local_blocks, selection_rule: see :class:`ssa.ops.SparseSpec`.
         alignment_weight, alignment_distance, alignment_directions: see :class:`ssa.ops.AlignmentSpec`. Weight 0 trains
             one stream alone.
+        align_query_fraction: its ``query_fraction``; below 1, sparse steps need a ``sample_seed``.
         full_probability: chance that a training step's main stream is full attention, for whoever draws it.
     """
 
@@ -41,6 +42,7 @@ class Settings:
     alignment_weight: float = 10.0
     alignment_distance: str = "smooth_l1"
     alignment_directions: str = "both"
+    align_query_fraction: float = 1.0
     full_probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -61,8 +63,8 @@ class Settings:
 
     def alignment_spec(self) -> AlignmentSpec:
         """How training aligns the streams; a stock model has no gate, so gated and raw outputs are the same."""
-        distance = cast("Distance", self.alignment_distance)
-        return AlignmentSpec(self.alignment_weight, distance, "raw", cast("Directions", self.alignment_directions))
+        distance, directions = cast("Distance", self.alignment_distance), cast("Directions", self.alignment_directions)
+        return AlignmentSpec(self.alignment_weight, distance, "raw", directions, self.align_query_fraction)
 
 
 FIELDS = tuple(field.name for field in fields(Settings))

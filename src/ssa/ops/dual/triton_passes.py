@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.dual.passes import Inflow, Streams
-from ssa.ops.triton_support import ceil_div, next_power_of_two
+from ssa.ops.triton_support import ceil_div, next_power_of_two, on_device
 
 ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
 
@@ -124,7 +124,7 @@ def forward(x: Streams, lse_full: Tensor, lse_sparse: Tensor) -> tuple[Tensor, T
     main = x.full if x.main == "full" else x.sparse
     out = main if x.gate is None else torch.empty_like(x.sparse)
     part = torch.empty(2, programs, dtype=torch.float32, device=x.sparse.device)
-    with torch.cuda.device_of(out):
+    with on_device(out):
         forward_kernel[(programs,)](
             *tensors, lse_full.contiguous(), lse_sparse.contiguous(), out, part, rows, programs, **constants
         )
@@ -142,7 +142,7 @@ def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:
         None if x.gate is None else torch.empty(x.gate.shape, dtype=x.gate.dtype, device=x.gate.device),
     )
     d_gate = inflow.sparse if inflow.gate is None else inflow.gate
-    with torch.cuda.device_of(d_out):
+    with on_device(d_out):
         backward_kernel[(programs,)](
             *tensors, d_out, d_loss, inflow.full, inflow.sparse, d_gate, rows, x.spec.weight / x.elements,
             *d_out.stride()[:2], **constants, PULL_FULL=x.pulls_full, PULL_SPARSE=x.pulls_sparse,

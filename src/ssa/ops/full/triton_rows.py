@@ -5,12 +5,11 @@ A program takes ROWS rows (row of the window, head) of D elements.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton_support import ceil_div, next_power_of_two
+from ssa.ops.triton_support import ceil_div, next_power_of_two, on_device
 
 ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
 
@@ -56,7 +55,7 @@ def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
 def merge(out: Tensor, lse: Tensor, past: Tensor, past_lse: Tensor) -> None:
     """See :func:`ssa.ops.full.row_kernels.merge`."""
     programs, sizes = _tiles(out)
-    with torch.cuda.device_of(out):
+    with on_device(out):
         merge_kernel[(programs,)](out, lse, past.contiguous(), past_lse.contiguous(), **sizes)
 
 
@@ -64,7 +63,7 @@ def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> N
     """See :func:`ssa.ops.full.row_kernels.add`."""
     programs, sizes = _tiles(square)
     other = square if past is None else past.contiguous()
-    with torch.cuda.device_of(target):
+    with on_device(target):
         add_kernel[(programs,)](
             target, index, square.contiguous(), other, H=target.shape[1], HAS_PAST=past is not None, **sizes
         )
