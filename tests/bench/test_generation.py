@@ -54,7 +54,9 @@ def test_a_failure_says_why_and_the_rest_goes_on(monkeypatch):
     assert "out of memory" in found[-1]["reason"]
 
 
-@pytest.mark.parametrize("name", ["1B decode 64K b16", "1B prefill 128K b1", "64M attention 32K b1"])
+@pytest.mark.parametrize(
+    "name", ["1B decode 64K b16", "1B prefill 128K b1", "64M decode 32K b1", "64M attention 32K b1"]
+)
 def test_the_rows_of_the_record_are_found(name):
     """A renamed case would leave its row unmeasured without a word."""
     case = next(c for c in generation.GPU_CASES + generation.CPU_CASES if c.name == name)

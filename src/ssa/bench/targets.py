@@ -141,7 +141,8 @@ def _targets() -> list[Target]:
     found.append(Target("generate_1b_64k_b16", 3, "x", True, whole_model("1B decode 64K b16")))
     found.append(Target("prefill_1b_128k_ms", 950, "ms", False, whole_model("1B prefill 128K b1", ratio=False)))
     found.append(Target("prefill_1b_128k_ratio", 3.3, "x", True, whole_model("1B prefill 128K b1")))
-    found.append(Target("decode_cpu_32k", 3, "x", True, whole_model("64M attention 32K b1")))
+    found.append(Target("decode_cpu_32k", 3, "x", True, whole_model("64M decode 32K b1")))
+    found.append(Target("decode_cpu_32k_attention", 3, "x", True, whole_model("64M attention 32K b1")))
     return [*found, Target("memory_128k", 1.3, "x", False, memory("1B 128K"))]
 
 

@@ -59,6 +59,7 @@ class DecodeGraph:
             self.logits = self._forward(model)
             self.greedy = self.logits.argmax(-1)
         self._undo(pooled, on_device=False)  # a capture runs nothing
+        self.greedy.zero_()  # nor does it fill its results
 
     def _forward(self, model: SSAForCausalLM) -> Tensor:
         logits = model(self.ids, past_key_values=self.cache).logits
