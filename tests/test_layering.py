@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "environment": BASE,
     "ops": {"documents", "errors"},
+    "nn": {"ops", "documents", "errors"},  # the layer as a module, for users of torch alone
     "model": {"ops", "documents", *BASE},
     "data": {"documents", *BASE},
     "train": {"model", "data", "ops", "documents", "environment", *BASE},
