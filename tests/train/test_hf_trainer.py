@@ -10,9 +10,11 @@ import torch
 from tiny_runs import VOCABULARY, metrics, tiny
 from torch import Tensor
 from torch.utils.data import SequentialSampler, Subset
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+import ssa
 from ssa.data import Loader, PackedDataset
+from ssa.model.convert import convert_checkpoint
 from ssa.train.build import build_model
 from ssa.train.hf_trainer import PackedRows, SSATrainer
 from ssa.train.loop import train
@@ -138,3 +140,26 @@ def test_evaluation_runs_the_inference_mode(data: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         loss = made.model(batch.input_ids, labels=batch.labels, layout=batch.layout).loss
     assert found["eval_loss"] == pytest.approx(float(loss), rel=2e-2)  # Trainer averages over batches, not targets
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+def test_a_stock_model_trains_as_ours(micro: int, data: Path, tmp_path: Path) -> None:
+    """The same ungated weights as a Llama with our attention: cross-entropies and gradients are those of our class."""
+    ours = trainer(data, tmp_path / "ours", micro)
+    ungated = build_model(tiny(data, **RECIPE, model__gated=False).model_config(VOCABULARY), 3)
+    ungated.save_pretrained(tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "llama", to="plain", check=False)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    weight = float(ungated.config.alignment_weight or 0)
+    ssa.configure(stock, block_size=8, num_blocks=2, alignment_weight=weight)
+    logs = []
+    for number, model in enumerate((ungated.train(), stock.train())):
+        made = InOrder(model, ours.args, train_dataset=ours.train_dataset)
+        made.args.output_dir = str(tmp_path / f"run-{number}")
+        made.train()
+        logs.append([entry for entry in made.state.log_history if "loss" in entry])
+    for own, other in zip(*logs, strict=True):
+        assert other["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-3)
+        assert other["attention_sparsity"] == pytest.approx(own["attention_sparsity"], rel=1e-4)
+        assert other["alignment"] == pytest.approx(own["alignment"], rel=1e-3)
+        assert other["loss"] == pytest.approx(own["loss"] - weight * own["alignment"], rel=1e-3)

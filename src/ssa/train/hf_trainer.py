@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ssa.data import PackedDataset
 from ssa.documents import IGNORE_INDEX
-from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.model import SSAConfig, SSAOutput, last_alignment
+from ssa.model.interface.settings import Settings, settings_of
 from ssa.train.streams import Stream, draw_sample_seed, draw_stream
 
 METRICS = ("cross_entropy", "alignment", "sparsity_loss", "commitment_loss", "attention_sparsity")
@@ -42,7 +43,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
 
 class SSATrainer(Trainer):
-    """``Trainer`` for :class:`ssa.SSAForCausalLM`.
+    """``Trainer`` for :class:`ssa.SSAForCausalLM`, and for stock models that :func:`ssa.configure` gave our attention.
 
     The stream is drawn from ``(args.seed, optimiser step)``, steps counted from 1: the same for all micro-batches and
     processes of a step and after a resume. The alignment is a mean over elements and is divided by the number of
@@ -50,15 +51,17 @@ class SSATrainer(Trainer):
     batches must have equally many rows; set ``dataloader_drop_last`` if the last would be smaller.)
 
     ``log`` gains ``cross_entropy``, ``alignment`` (unweighted), ``sparsity_loss``, ``commitment_loss`` and
-    ``attention_sparsity``: means over micro-batches, layers and processes since the last log.
+    ``attention_sparsity``: means over micro-batches, layers and processes since the last log. A stock model's loss
+    holds the cross-entropy alone; its alignment trains through the gradient (:mod:`ssa.model.interface`).
     """
 
     _sums: Tensor | None = None  # [len(METRICS) + 1], the last is the number of micro-batches
 
     @property
-    def ssa_config(self) -> SSAConfig:
-        """The model's configuration."""
-        return cast("SSAForCausalLM", self.model).config
+    def ssa_config(self) -> SSAConfig | Settings:
+        """How the model trains."""
+        config = cast("PreTrainedModel", self.model).config
+        return config if isinstance(config, SSAConfig) else settings_of(config.get_text_config())
 
     def step_stream(self) -> Stream:
         """The main stream of the optimiser step that is being computed."""
@@ -75,23 +78,40 @@ class SSATrainer(Trainer):
         """``Trainer``'s loss, in training with the step's stream and the alignment's scale."""
         if model.training:
             scale = self._alignment_scale(num_items_in_batch)
-            seed = draw_sample_seed(self.args.seed, self.state.global_step + 1)
-            inputs = {**inputs, "stream": self.step_stream(), "alignment_scale": scale, "sample_seed": seed}
+            inputs = {**inputs, "stream": self.step_stream(), "alignment_scale": scale}
+            if isinstance(self.ssa_config, SSAConfig):
+                inputs["sample_seed"] = draw_sample_seed(self.args.seed, self.state.global_step + 1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self._add(outputs)
+            self._add(outputs if isinstance(self.ssa_config, SSAConfig) else self._told(loss))
         return (loss, outputs) if return_outputs else loss
 
     def _alignment_scale(self, num_items_in_batch: Tensor | int | None) -> float:
         """This micro-batch's share of the step, given how ``Trainer`` scales the whole loss afterwards.
 
+        A stock model's alignment is not in the loss that is scaled.
+
         With a count of items it divides by nothing, but multiplies by the number of processes where the count is
         over all of them, to undo the average over processes. Without a count it divides by the micro-batches itself.
         """
+        if isinstance(self.ssa_config, Settings):
+            return 1.0 / self.current_gradient_accumulation_steps
         if num_items_in_batch is None:
             return 1.0
         processes = self.args.world_size if self.args.average_tokens_across_devices else 1
         return 1.0 / (self.current_gradient_accumulation_steps * processes)
+
+    def _told(self, loss: Tensor) -> SSAOutput:
+        """What a stock model aligned in this pass. Its cross-entropy is ``Trainer``'s own ``loss``."""
+        if not self.ssa_config.alignment_weight:
+            return SSAOutput(cross_entropy=loss.detach())
+        told = last_alignment(cast("nn.Module", self.model))
+        return SSAOutput(
+            cross_entropy=loss.detach(),
+            sparsity_loss=told["sparsity_loss"],
+            commitment_loss=told["commitment_loss"],
+            attention_sparsity=told["attention_sparsity"],
+        )
 
     def _add(self, outputs: Any) -> None:
         sparsity, commitment = outputs.sparsity_loss, outputs.commitment_loss
