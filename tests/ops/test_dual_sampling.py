@@ -99,17 +99,14 @@ def test_value_and_gradients_are_unbiased(
     inputs, indices = case(layout)
     tiles = tiles_per_stratum(fraction)
     out, exact = run(layout, inputs, indices, 1.0)
-    expected = [exact.loss, exact.sparsity, exact.attention_sparsity, *torch.autograd.grad(exact.loss, inputs)]
+    expected = [exact.loss, exact.sparsity, *torch.autograd.grad(exact.loss, inputs)]
     means = [torch.zeros_like(x) for x in expected]
     for i in range(tiles):
         monkeypatch.setattr(api, "sample_rows", lambda layout, f, seed, i=i: choose_rows(layout, tiles, lambda _: i))
         sampled, found = run(layout, inputs, indices, fraction)
         assert torch.equal(sampled, out), "the main stream is exact"
-        for mean, x in zip(
-            means,
-            [found.loss, found.sparsity, found.attention_sparsity, *torch.autograd.grad(found.loss, inputs)],
-            strict=True,
-        ):
+        assert 0 <= found.attention_sparsity <= 1
+        for mean, x in zip(means, [found.loss, found.sparsity, *torch.autograd.grad(found.loss, inputs)], strict=True):
             mean += x.detach() / tiles
     for x, y in zip(means, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
@@ -145,6 +142,18 @@ def test_equals_the_loss_on_the_drawn_rows(align_on: str, distance: str, directi
     mine, theirs = ((x * weight).sum() + 5 * y for x, y in ((out, alignment.loss), (sparse, loss)))
     for x, y in zip(torch.autograd.grad(mine, wanted), torch.autograd.grad(theirs, wanted), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_sparsity_is_the_mean_over_the_drawn_rows() -> None:
+    from ssa.ops import full_attention, sparse_attention
+
+    layout = LAYOUTS["a few runs"]
+    (q, k, v, gate), indices = case(layout)
+    _, found = run(layout, [q, k, v, gate], indices, 1 / 4, seed=3)
+    _, lse = full_attention(q, k, v, layout, return_lse=True)
+    _, sparse_lse = sparse_attention(q, k, v, indices, 4, layout, return_lse=True)
+    drawn = (sparse_lse - lse).exp().flatten(0, 1)[sample_rows(layout, 1 / 4, 3).index(CPU)]
+    torch.testing.assert_close(found.attention_sparsity, drawn.mean().detach())
 
 
 def test_full_steps_are_exact_and_need_no_seed() -> None:

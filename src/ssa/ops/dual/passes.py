@@ -3,12 +3,13 @@
 N flat rows, H query heads, D head dim; R rows of the full stream (N, or a sample). With d = O_full - O_sparse, times
 the gate if the gated outputs are compared, h the distance, psi its derivative, w the weight and M = N H D f:
 
-    forward    out = gate * O_main,  distance = sum(h(d)) / M,  mass = sum(exp(lse_sparse - lse_full)) D / M
+    forward    out = gate * O_main,  distance = sum(h(d)) / M,  mass = mean of exp(lse_sparse - lse_full)
     backward   c = w dL psi(d) / M goes with + into the full stream and with - into the sparse one, each stopped where
                its direction is not trained; the upstream gradient goes into the main stream. Behind the gate (gated):
                dO = gate * (upstream + c),  dgate = sum over D of (upstream + c) * O, over both streams.
 
-Sums over a sample of rows are divided by its fraction f: unbiased, see :mod:`ssa.ops.dual.sampling`.
+Over a sample of rows, distances are summed and divided by its fraction f: unbiased, see :mod:`ssa.ops.dual.sampling`.
+The mass, which nothing is trained on, is the mean over the sample: never above 1.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def forward(x: Streams, lse_full: Tensor, lse_sparse: Tensor) -> tuple[Tensor, T
     mass = (_compared(x, lse_sparse)[0] - lse_full).exp().clamp(max=1.0)
     main = x.full if x.main == "full" else x.sparse
     out = main if x.gate is None else main * x.gate[..., None]
-    return out, h.sum() / x.elements, mass.sum() * x.full.shape[2] / x.elements
+    return out, h.sum() / x.elements, mass.sum() / max(1, mass.numel())
 
 
 def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:

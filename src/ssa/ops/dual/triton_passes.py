@@ -128,8 +128,8 @@ def forward(x: Streams, lse_full: Tensor, lse_sparse: Tensor) -> tuple[Tensor, T
         forward_kernel[(programs,)](
             *tensors, lse_full.contiguous(), lse_sparse.contiguous(), out, part, rows, programs, **constants
         )
-    distance, mass = (part.sum(1) / x.elements).unbind()
-    return out, distance, mass * x.full.shape[2]
+    distance, mass = part.sum(1).unbind()
+    return out, distance / x.elements, mass / max(1, lse_full.numel())
 
 
 def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:
