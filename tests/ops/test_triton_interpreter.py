@@ -14,6 +14,7 @@ CASES = (
     "group of 16",
     "forced blocks",
     "official rule",
+    "blocks longer than a tile",
     "budget over all blocks",
 )
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")

@@ -14,6 +14,7 @@ CASES = {
     "group of 16": ([[65]], 16, 1, 64, SparseSpec(16, 3)),
     "forced blocks": ([[80]], 2, 1, 32, SparseSpec(16, 4, first_blocks=1, local_blocks=2)),
     "official rule": ([[300]], 2, 1, 16, SparseSpec(16, 4, rule="official")),
+    "blocks longer than a tile": ([[70]], 1, 1, 128, SparseSpec(64, 1)),
     "budget over all blocks": ([[40, 8]], 4, 2, 32, SparseSpec(16, 3)),
 }
 

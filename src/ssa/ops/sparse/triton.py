@@ -83,7 +83,7 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
         token_forward=token,
         token_dq=token,
         readers=max(1, (64 if DP <= 128 else 32) // GP),
-        dkv=Tile(columns // 2 if small else columns, Launch(4, 3 if DP <= 64 and not small else 2)),
+        dkv=Tile(max(16, columns // 2) if small else columns, Launch(4, 3 if DP <= 64 and not small else 2)),
         merge=S <= 32,
     )
 

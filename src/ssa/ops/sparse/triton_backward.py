@@ -15,7 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.sparse.triton_forward import list_entries, load_rows, reads_one_by_one, tile_columns, token_columns
+from ssa.ops.sparse.triton_forward import (
+    biased,
+    list_entries,
+    load_rows,
+    reads_one_by_one,
+    tile_columns,
+    tile_rows,
+    token_columns,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -81,12 +89,8 @@ def union_dq_kernel(
     count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
-    row0 = tl.load(tile_start_ptr + tile)
-    rows = tl.load(tile_start_ptr + tile + 1) - row0
-    r, d = tl.arange(0, M), tl.arange(0, DP)
-    token, g = r // GP, r % GP
-    live = (token < rows) & (g < G)
-    row, h = (row0 + token).to(tl.int64), head * G + g
+    row0, rows, token, row, h, live = tile_rows(tile_start_ptr, tile, head, G, GP, TT)
+    d = tl.arange(0, DP)
     q_md, do_md, lse, delta = _load_rows(
         q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head, row * H + h,
         live, D, DP,
@@ -103,8 +107,7 @@ def union_dq_kernel(
         first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
-        s_mn = tl.dot(one_hot, bias, input_precision="ieee")
-        s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
+        s_mn = biased(one_hot, bias, q_md, k_nd)
         dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
         ds_mn = tl.exp2(s_mn * c - lse[:, None]) * (dp_mn - delta[:, None])
         acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")

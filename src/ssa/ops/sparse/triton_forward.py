@@ -99,6 +99,16 @@ def reads_one_by_one(union_count_ptr, tile, head, K, limit):
 
 
 @triton.jit
+def tile_rows(tile_start_ptr, tile, head, G: tl.constexpr, GP: tl.constexpr, TT: tl.constexpr):
+    """First token of a tile, how many it has, and per row: token of the tile, flat token, query head, whether it is."""
+    row0 = tl.load(tile_start_ptr + tile)
+    rows = tl.load(tile_start_ptr + tile + 1) - row0
+    r = tl.arange(0, TT * GP)
+    token, g = r // GP, r % GP
+    return row0, rows, token, (row0 + token).to(tl.int64), head * G + g, (token < rows) & (g < G)
+
+
+@triton.jit
 def load_rows(base, rows, row_stride, D: tl.constexpr, DP: tl.constexpr):
     """Rows ``[rows, DP]`` of a tensor with D adjacent elements per row; zeros beyond D."""
     d = tl.arange(0, DP)
@@ -133,6 +143,12 @@ def tile_columns(
     i = tl.arange(0, TP)
     bias = tl.where(((bits[None, :] >> i[:, None]) & 1) != 0, 0.0, mask_value).to(dtype)
     return tl.minimum(key_row, last_row), bias
+
+
+@triton.jit
+def biased(one_hot, bias, q_md, k_nd):
+    """Logits ``q . k`` of a tile, a large negative number where a row does not read a column."""
+    return tl.dot(q_md, tl.trans(k_nd), tl.dot(one_hot, bias, input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
@@ -173,14 +189,10 @@ def union_forward_kernel(
     count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
-    row0 = tl.load(tile_start_ptr + tile)
-    rows = tl.load(tile_start_ptr + tile + 1) - row0
-    r, d = tl.arange(0, M), tl.arange(0, DP)
-    token, g = r // GP, r % GP
-    live = (token < rows) & (g < G)
+    row0, rows, token, row, h, live = tile_rows(tile_start_ptr, tile, head, G, GP, TT)
+    d = tl.arange(0, DP)
     live_md = live[:, None] & (d < D)[None, :]
-    row = (row0 + token).to(tl.int64)
-    q_md = tl.load(q_ptr + (row * q_row + (head * G + g) * q_head)[:, None] + d[None, :], mask=live_md, other=0.0)
+    q_md = tl.load(q_ptr + (row * q_row + h * q_head)[:, None] + d[None, :], mask=live_md, other=0.0)
     MASK: tl.constexpr = tl.float32 if q_md.dtype == tl.float32 else tl.bfloat16
     i = tl.arange(0, TP)
     own = token[:, None] == i[None, :]
@@ -200,10 +212,9 @@ def union_forward_kernel(
         first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
-        s_mn = tl.dot(one_hot, bias, input_precision="ieee")
-        s_mn = tl.dot(q_md, tl.trans(k_nd), s_mn, input_precision="ieee")
+        s_mn = biased(one_hot, bias, q_md, k_nd)
         l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
-    at = row * H + head * G + g
+    at = row * H + h
     l = tl.sum(l_m16, 1)
     fits = (l > SMALL) & (l < LARGE)
     _store(out_ptr, lse_ptr, at, m, l, acc_md, live & fits, D, DP)
@@ -213,16 +224,14 @@ def union_forward_kernel(
         for n0 in range(0, count * S, 16):
             first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
             key, bias = tile_columns(first_key16, bits16, n0, row0, last_row, mask_value, MASK, S, 16, TP)
-            s_mn = tl.dot(one_hot, bias, input_precision="ieee")
-            s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
+            s_mn = biased(one_hot, bias, q_md, load_rows(k_ptr, key, k_row, D, DP))
             m = tl.maximum(m, tl.ceil(tl.max(s_mn, 1) * c))
         l_m16 = tl.zeros([M, 16], tl.float32)
         acc_md = tl.zeros([M, DP], tl.float32)
         for n0 in range(0, count * S, 16):
             first_key16, bits16 = list_entries(entries_row, entries_mask, n0, count, S, 16)
             key, bias = tile_columns(first_key16, bits16, n0, row0, last_row, mask_value, MASK, S, 16, TP)
-            s_mn = tl.dot(one_hot, bias, input_precision="ieee")
-            s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), s_mn, input_precision="ieee")
+            s_mn = biased(one_hot, bias, q_md, load_rows(k_ptr, key, k_row, D, DP))
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
             l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, 16)
         _store(out_ptr, lse_ptr, at, m, tl.sum(l_m16, 1), acc_md, again, D, DP)
