@@ -55,7 +55,7 @@ def test_the_checks_see_a_wrong_merge_of_rectangles_and_squares(monkeypatch: pyt
     )  # fmt: skip
     from ssa.ops import dispatch
 
-    monkeypatch.setitem(dispatch.IMPORTED, "ssa.ops.full.row_kernels:CPU_FLASH", row_kernels.CPU_FLASH)
+    monkeypatch.setitem(dispatch.IMPORTED, "ssa.ops.full.row_kernels:CPU_FLASH", {"function": row_kernels.CPU_FLASH})
     assert failures(layer.check(SAMPLED, TINY, draw_inputs(TINY, CPU)))
 
 
