@@ -28,6 +28,7 @@ from ssa.train.build import compile_layers
 
 MODES = ("full", "sparse")
 STEPS = 256  # rows beyond the context: what warming up and timing may add
+Errors = dict[str, tuple[float, float]]  # of logits by name, with their limits
 # relative error of logits: float32 sums in another order; bf16 rounds 16 layers' residuals to 3 digits each
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -95,6 +96,7 @@ def run(options: Options, cases: tuple[Case, ...] | None = None) -> list[Record]
     cases = cases or (GPU_CASES if cuda else CPU_CASES)
     records: list[Record] = []
     models: dict[Model, SSAForCausalLM] = {}
+    errors: Errors | Exception = {}
     for case in cases:
         if case.kind == "attention":
             records += attention(case, options)
@@ -103,7 +105,8 @@ def run(options: Options, cases: tuple[Case, ...] | None = None) -> list[Record]
             models.clear()
             longest = max(c.context for c in cases if c.model == case.model)
             models[case.model] = build(case.model, longest + STEPS, options.device)
-        found = [_record(case, record) for record in _run(models[case.model], case, options)]
+            errors = _checked(models[case.model])
+        found = [_record(case, record) for record in _run(models[case.model], errors, case, options)]
         records += _reported(found, options)
         if cuda:
             torch.cuda.empty_cache()
@@ -119,14 +122,23 @@ def build(model: Model, context: int, device: torch.device) -> SSAForCausalLM:
     return cast("SSAForCausalLM", built.to(dtype).eval())
 
 
-def _run(model: SSAForCausalLM, case: Case, options: Options) -> Iterator[Record]:
-    prepare = decoding if case.kind == "decode" else prefilling
+def _checked(model: SSAForCausalLM) -> Errors | Exception:
+    """Once per model, before its layers are compiled."""
     try:
-        errors = check(model)
-        if wrong := [f"{name}: {error:.1e} > {limit:.1e}" for name, (error, limit) in errors.items() if error > limit]:
-            yield from ({"mode": mode, "status": "wrong", "reason": "; ".join(wrong)} for mode in MODES)
-            return
-        timed = prepare(model, case)
+        return check(model)
+    except (SSAError, RuntimeError) as error:
+        return error
+
+
+def _run(model: SSAForCausalLM, errors: Errors | Exception, case: Case, options: Options) -> Iterator[Record]:
+    if isinstance(errors, Exception):
+        yield from ({"mode": mode, **_failure(errors)} for mode in MODES)
+        return
+    if wrong := [f"{name}: {error:.1e} > {limit:.1e}" for name, (error, limit) in errors.items() if error > limit]:
+        yield from ({"mode": mode, "status": "wrong", "reason": "; ".join(wrong)} for mode in MODES)
+        return
+    try:
+        timed = (decoding if case.kind == "decode" else prefilling)(model, case)
     except (SSAError, RuntimeError) as error:  # the other cases still count
         yield from ({"mode": mode, **_failure(error)} for mode in MODES)
         return
@@ -175,11 +187,11 @@ def _per_second(record: Record) -> str:
 
 # ---------------------------------------------------------------------- correctness
 @torch.no_grad()
-def check(model: SSAForCausalLM, prompt: int = 600, steps: int = 20) -> dict[str, tuple[float, float]]:
+def check(model: SSAForCausalLM, prompt: int = 600, steps: int = 20) -> Errors:
     """Errors and limits in both modes: cached against uncached logits, captured against eager steps."""
     limit = LIMITS[model.dtype]
     ids = torch.randint(model.config.vocab_size, (2, prompt + steps), device=model.device)
-    errors = {}
+    errors: Errors = {}
     for mode in MODES:
         with model.attention_mode(mode):
             expected = _logits(model(ids, logits_to_keep=steps))
@@ -213,22 +225,49 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------- what is timed
+def compile_around_attention(model: SSAForCausalLM, step: Callable[[], Tensor]) -> None:
+    """On a GPU: compile the layers; their kernels between attention are many and small.
+
+    Raises:
+        InputError: ``step``'s logits change by more than rounding. Asked in full mode, where rounding flips no choice
+            of blocks, which would hide an error.
+    """
+    if model.device.type != "cuda":
+        return
+    with model.attention_mode("full"):
+        for layer in model.model.layers:  # another case may have compiled them
+            layer.compiled = False
+        plain = step()
+        compile_layers(model)
+        error, limit = _error(step(), plain), LIMITS[model.dtype]
+    if error > limit:
+        raise InputError("compiled layers", f"an error of {error:.1e}", f"at most {limit:.1e}")
+
+
 def decoding(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]:
-    """One greedy step of every sequence, captured on a GPU, over one cache of random keys and values."""
+    """One greedy step of every sequence over one cache of random keys; on a GPU compiled and captured."""
     cache = random_cache(model, case)
     ids = torch.ones(case.batch, 1, dtype=torch.int64, device=model.device)
 
+    def step() -> Tensor:
+        logits = _step(model, cache, ids)
+        cache.crop(case.context)
+        return logits
+
     def timed(options: Options) -> Timing:
-        if options.device.type == "cuda":
-            graph = graph_of(model, cache)
-            step: Callable[[], object] = lambda: graph.step(graph.greedy)  # noqa: E731
-        else:
-            step = lambda: _step(model, cache, ids).argmax(-1)  # noqa: E731
-        timing = measure(step, options.device, 4 * options.budget_ms)
+        compile_around_attention(model, step)
+        timing = measure(_greedy(model, cache, ids), options.device, 4 * options.budget_ms)
         cache.crop(case.context)
         return timing
 
     return timed
+
+
+def _greedy(model: SSAForCausalLM, cache: BlockCache, ids: Tensor) -> Callable[[], object]:
+    if model.device.type != "cuda":
+        return lambda: _step(model, cache, ids).argmax(-1)
+    graph = graph_of(model, cache)
+    return lambda: graph.step(graph.greedy)
 
 
 def random_cache(model: SSAForCausalLM, case: Case) -> BlockCache:
@@ -253,14 +292,7 @@ def prefilling(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]
             cache.reset()
             return _logits(model(ids, past_key_values=cache, logits_to_keep=1))
 
-        for layer in model.model.layers:  # the mode before this one has compiled them
-            layer.compiled = False
-        plain = step()
-        if options.device.type == "cuda":
-            compile_layers(model)
-        error, limit = _error(step(), plain), LIMITS[model.dtype]
-        if error > limit:
-            raise InputError("compiled layers", f"an error of {error:.1e}", f"at most {limit:.1e}")
+        compile_around_attention(model, step)
         return measure(step, options.device, options.budget_ms)
 
     return timed
