@@ -179,6 +179,7 @@ def test_what_is_refused_and_what_is_not_there(
         (["--host", ""], "--host: got nothing"),
         (["--num-blocks", "0"], "num_blocks"),
         (["--host", "192.0.2.1", "--port", "0"], "a free address of this machine"),
+        (["--device", "tpu"], "--device: got 'tpu'"),
         (["--continuous-batching"], "--continuous-batching"),
         (["--trust-remote-code"], "--trust-remote-code"),
     ],

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ssa.errors import ConfigError
+
 PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "tyro")
 
 
@@ -59,8 +61,18 @@ def commit() -> str | None:
 
 
 def default_device(name: str = "auto") -> torch.device:
-    """``"auto"``: the GPU if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of a ``--device`` flag. ``"auto"``: the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in known:
+        raise ConfigError("--device", repr(name), f"auto or one of this machine's: {', '.join(known)}")
+    return torch.device(name)
 
 
 def _processor() -> str | None:

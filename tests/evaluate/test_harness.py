@@ -87,6 +87,25 @@ def test_a_text_begins_with_one_bos(folders: dict[str, Path]) -> None:
     assert rolled == pytest.approx(float(expected), abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_generated_texts_use_the_cache_and_the_mode(folders: dict[str, Path], kind: str) -> None:
+    """Greedy texts of a left-padded batch are those of single prompts, recomputed token by token."""
+    model = SSALM(str(folders[kind]), device="cpu", mode="sparse", num_blocks=2, block_size=4, batch_size=2)
+    prompts = [" ".join(WORDS), " ".join(WORDS[:9])]
+    asked = [
+        Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}), i)
+        for i, prompt in enumerate(prompts)
+    ]
+    found = model.generate_until(asked, disable_tqdm=True)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+        start = ids.shape[1]
+        with torch.no_grad():
+            for _ in range(8):
+                ids = torch.cat([ids, model.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert text == model.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
 def test_figures_of_every_attention_and_seed(folders: dict[str, Path], data: Path) -> None:
     model = SSALM(str(folders["ours"]), device="cpu", batch_size=16)
     ways = (Attention("full"), Attention("sparse", 1), Attention("sparse", 99))
@@ -153,12 +172,13 @@ def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) ->
         ({"mode": "dense"}, "dense"),
         ({"num_blocks": 0}, "num_blocks"),
         ({"dtype": "int8"}, "dtype"),
+        ({"device": "tpu"}, "--device: got 'tpu'"),
         ({"trust_remote_code": True}, "no code from checkpoints"),
     ],
 )
 def test_impossible_model_arguments_are_refused(folders: dict[str, Path], arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SSALM(str(folders["ours"]), device="cpu", **arguments)
+        SSALM(str(folders["ours"]), **{"device": "cpu", **arguments})
 
 
 def test_more_examples_than_rows_is_a_message(folders: dict[str, Path], data: Path) -> None:

@@ -82,11 +82,12 @@ def evaluate_run(
 
     from ssa.data.loader import PackedDataset
     from ssa.environment import default_device
-    from ssa.evaluate import evaluate, run_facts, write_result
+    from ssa.evaluate import check_writable, evaluate, run_facts, write_result
     from ssa.model import load_model
 
     network = load_model(model, device=default_device(device))
     dataset = PackedDataset(data, split)
+    check_writable(out)
     rows = len(dataset) if plan.rows is None else min(plan.rows, len(dataset))
     total = -(-rows // plan.rows_per_batch) * len(plan.settings(network))
     with Progress(transient=True) as progress:

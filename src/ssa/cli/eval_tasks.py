@@ -46,12 +46,13 @@ def run(argv: list[str]) -> int:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
             os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
         plan = _plan(tasks, tasks_from, mode, num_blocks, num_fewshot, limit, seeds, batch_size)
-        from ssa.evaluate import write_result
+        from ssa.evaluate import check_writable, write_result
         from ssa.evaluate.harness import SSALM, run_harness
 
         opened = SSALM(str(model), device=device, dtype=dtype, batch_size=batch_size)
-        result = run_harness(opened, plan, command=shlex.join(["ssa", "eval", *argv]))
         written = out or model / "harness.json"
+        check_writable(written)
+        result = run_harness(opened, plan, command=shlex.join(["ssa", "eval", *argv]))
         write_result(result, written)
         console = Console()
         console.print(_table(result))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from ssa.train.recipe import Recipe
 
 METHODS = ("full", "moba", "ssa")
 BUDGETS = (1, 2, 4, 8)  # blocks of 16 tokens; the models are trained at 2
@@ -40,9 +42,10 @@ def quickstart(
 
     console, began = Console(), time.perf_counter()
     data = out / "data"
+    _check(seeds, steps, rows, device)
     with _stage(console, "prepare", "the standard library's sources"):
         _prepare(data)
-    runs = [(method, seed, out / f"{method}-seed{seed}") for seed in seeds for method in METHODS]
+    runs = [(method, seed, out / f"{method}-seed{seed}") for seed in dict.fromkeys(seeds) for method in METHODS]
     for method, seed, folder in runs:
         with _stage(console, "train", f"{method}, seed {seed}"):
             _train(method, seed, data, folder, steps, device)
@@ -71,21 +74,36 @@ def _prepare(data: Path) -> None:
         prepare(["builtin:stdlib"], data, row_length=512, vocab_size=VOCABULARY, valid_fraction=0.05)
 
 
+def _check(seeds: tuple[int, ...], steps: int | None, rows: int, device: str) -> None:
+    """Refuse what cannot be before the corpus is prepared."""
+    from ssa.environment import default_device
+    from ssa.errors import ConfigError
+    from ssa.evaluate import Plan
+
+    default_device(device)
+    Plan(BUDGETS, rows=rows)
+    if not seeds:
+        raise ConfigError("--seeds", "none", "at least one")
+    for seed in seeds:
+        _recipe(METHODS[0], seed, Path(), steps, device)
+
+
+def _recipe(method: str, seed: int, data: Path, steps: int | None, device: str) -> Recipe:
+    from ssa.train.recipe_file import load_recipe
+
+    changes: dict[str, Any] = {"seed": seed, "data.path": str(data), "training.device": device}
+    return load_recipe(f"quickstart/{method}", changes if steps is None else {**changes, "training.steps": steps})
+
+
 def _train(method: str, seed: int, data: Path, folder: Path, steps: int | None, device: str) -> None:
     from ssa.train.loop import train
-    from ssa.train.recipe_file import load_recipe
 
     if (folder / "model" / "config.json").is_file():
         return
-    recipe = load_recipe(f"quickstart/{method}")
-    training = dataclasses.replace(recipe.training, device=device, steps=steps or recipe.training.steps)
-    recipe = dataclasses.replace(
-        recipe, seed=seed, training=training, data=dataclasses.replace(recipe.data, path=str(data))
-    )
     resume = any((folder / "checkpoints").glob("step-*"))
     if folder.exists() and not resume:
         shutil.rmtree(folder)  # stopped before its first checkpoint: nothing to go on from
-    outcome = train(recipe, folder, resume="latest" if resume else None)
+    outcome = train(_recipe(method, seed, data, steps, device), folder, resume="latest" if resume else None)
     if outcome.reason != "finished":
         raise SystemExit(outcome.exit_code)
 

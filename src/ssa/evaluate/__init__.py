@@ -1,6 +1,6 @@
 """Measuring a model in both modes at every budget: perplexity, needles, and what its attention does."""
 
-from ssa.evaluate.matrix import Plan, RunFacts, evaluate, run_facts, write_result
+from ssa.evaluate.matrix import Plan, RunFacts, check_writable, evaluate, run_facts, write_result
 from ssa.evaluate.needle import Task, make_task
 from ssa.evaluate.perplexity import perplexity
 from ssa.evaluate.retrieval import make_tasks, needle_results
@@ -17,6 +17,7 @@ __all__ = [
     "SuitePlan",
     "Task",
     "attention_statistics",
+    "check_writable",
     "evaluate",
     "make_task",
     "make_tasks",

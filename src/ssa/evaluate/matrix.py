@@ -12,7 +12,7 @@ from typing import Any
 
 from ssa.data.loader import Loader, PackedDataset
 from ssa.environment import commit, machine
-from ssa.errors import ConfigError, DataError
+from ssa.errors import ConfigError, DataError, DiskError
 from ssa.evaluate.perplexity import perplexity
 from ssa.evaluate.running import Setting
 from ssa.evaluate.statistics import attention_statistics, selection_map
@@ -157,8 +157,31 @@ def evaluate(
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write a result file whole or not at all.
+
+    Raises:
+        DiskError: the place is not writable, or full.
+    """
+    check_writable(path)
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DiskError(str(path), error.strerror, "a writable place with free space", "another --out") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`DiskError` unless a result can be written to ``path``; before hours of measuring, not after."""
+    if path.is_dir():
+        raise DiskError(str(path), "a folder", "a file to write", f"--out {path / 'result.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _temporary(path).touch()
+        _temporary(path).unlink()
+    except OSError as error:
+        raise DiskError(str(path), error.strerror, "a writable place", "another --out") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
-from ssa.ops.dispatch import Request
+from ssa.ops.dispatch import Request, constant_when_compiled
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
@@ -96,7 +96,7 @@ def aligned(x: Tensor) -> Tensor:
 def refuse(request: Request) -> str | None:
     """Why the Triton kernels cannot serve ``request``, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if request.device.type != "cuda" and not (interpreted and request.device.type == "cpu"):
         return f"needs a CUDA device (or TRITON_INTERPRET=1), not {request.device.type}"
@@ -126,6 +126,12 @@ def _refuse_shape(request: Request, interpreted: bool) -> str | None:
     if tokens * request.kv_heads * (request.num_blocks or 1) > MAX_ENTRIES:
         return "more (token, KV head, block) entries than 32 bits count"
     return None
+
+
+@constant_when_compiled
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return find_spec("triton") is not None
 
 
 @cache
