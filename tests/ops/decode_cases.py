@@ -87,6 +87,19 @@ def slabs() -> None:
     compare("left padding, three tokens")
 
 
+def small_tiles() -> None:
+    """Rows of several tiles: summed and selected by the same programs (a large device) or by a kernel each."""
+    import ssa.ops.decode.triton as launches
+
+    processors, launches.TILE_BYTES = launches._processors, 1
+    x = CASES["one token, ragged"]
+    for launches._processors, together in ((lambda index: 132, True), (processors, False)):
+        launches._selection.cache_clear()
+        launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
+        assert (launch.parts, launch.splits) == ((0, 2) if together else (2, 2))
+        compare("one token, ragged")
+
+
 def chunks() -> None:
     """So do two levels of selection, which only long rows need."""
     import ssa.ops.decode.triton as launches
@@ -100,4 +113,5 @@ def chunks() -> None:
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     for case in sys.argv[1:]:
-        {"slabs": slabs, "chunks": chunks}.get(case, lambda name=case: compare(name))()
+        special = {"slabs": slabs, "chunks": chunks, "small tiles": small_tiles}
+        special.get(case, lambda name=case: compare(name))()

@@ -16,6 +16,7 @@ CASES = (
     "own block only",
     "a budget over all blocks",
     "more keys than one program attends",
+    "small tiles",
     "slabs",
     "chunks",
 )

@@ -6,10 +6,12 @@ waits for the device and a CUDA graph of a step stays right for other lengths.
 
 from __future__ import annotations
 
+import os
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.decode.triton_kernels import (
@@ -18,14 +20,16 @@ from ssa.ops.decode.triton_kernels import (
     pool_new_kernel,
     score_kernel,
     select_kernel,
+    sum_kernel,
 )
 from ssa.ops.spec import SparseSpec
-from ssa.ops.triton_support import LOG2E, ceil_div, next_power_of_two
+from ssa.ops.triton_support import LOG2E, capability, ceil_div, next_power_of_two
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 DIRECT_BLOCKS, DIRECT_ROWS = 8192, 16  # most scores of a row that are searched at once, and most such rows
 TILE_BYTES = 16384  # of one tile of keys
+DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 
 
 class _Selection(NamedTuple):
@@ -43,6 +47,7 @@ class _Selection(NamedTuple):
     KP: int
     slab: int  # rows at a time
     chunked: bool  # two levels of selection
+    parts: int  # programs of a row that sum over the heads; 0: those that select do it
 
 
 class _Attention(NamedTuple):
@@ -59,6 +64,14 @@ class _Attention(NamedTuple):
 @cache
 def _processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
+
+
+@cache
+def _dependent(index: int | None) -> dict[str, Any]:
+    """Launch options of programmatic dependent launch; none where it is not available."""
+    available = torch.cuda.is_available() and capability(index)[0] >= 9 and os.environ.get("TRITON_INTERPRET") != "1"
+    gdc = getattr(getattr(tl.extra, "cuda", None), "gdc_wait", None)
+    return {"launch_pdl": True} if DEPENDENT_LAUNCH and available and gdc is not None else {}
 
 
 def _tile(DP: int, itemsize: int, least: int) -> int:
@@ -82,11 +95,13 @@ def _selection(
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
     # One level is faster for a row, but takes the registers of a whole processor.
     chunked = official or width > DIRECT_BLOCKS or slab * K > DIRECT_ROWS
-    programs = _processors(index) * (4 if chunked else 1)
-    splits = max(1, min(tiles, programs // (slab * K), 1024 // GP))
+    rows, processors = slab * K, _processors(index)
+    fused = not chunked and rows * tiles <= processors  # a tile each: a launch costs more than the wait for the last
+    splits = max(1, min(tiles, (1 if fused else 4) * processors // rows, 1024 // GP))
+    parts = 0 if fused and splits == tiles else max(1, min(tiles, 8 * processors // rows))
     chunks = max(4, next_power_of_two(width // chunk))
     BK = _tile(DP, itemsize, 16)
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, chunked)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, chunked, parts)
 
 
 @lru_cache(maxsize=256)
@@ -134,18 +149,26 @@ def _select(
     kv_strides = (*k.stride()[:3], *v.stride()[:3])
     warps = 4 if x.chunked or x.width <= 2048 else 8
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
+    pdl = _dependent(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
-        grid = (rows * K * x.splits,)
-        score_kernel[grid](
+        score_kernel[(rows * K * x.splits,)](
             q, pooled, lengths, first, floats, integers, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *p_strides, c, D, x.DP, spec.block_size, x.GP, x.M, x.BN, given, num_warps=4, num_stages=3,
+            *p_strides, c, D, x.DP, spec.block_size, x.GP, x.M, x.BN, given, bool(pdl),
+            num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
-        select_kernel[grid](
+        if x.parts:
+            sum_kernel[(rows * K * x.parts,)](
+                lengths, first, floats, integers, row0, rows, N, K, G, x.splits, x.parts, x.width, spec.first_blocks,
+                spec.local_blocks, spec.block_size, x.GP, x.BN, SP, x.chunk, x.chunked, given, bool(pdl),
+                num_warps=4, num_stages=3, **pdl,
+            )  # fmt: skip
+        select_kernel[(rows * K * (1 if x.parts else x.splits),)](
             q, k, v, lengths, first, indices, out, lse, floats, integers, row0, rows, N, K, G, x.splits, x.width,
             k_blocks, spec.first_blocks, spec.local_blocks, *q_strides, *kv_strides, c,
             D, x.DP, spec.block_size, x.GP, x.M, x.BN, x.BK, SP, x.chunks, x.chunk, x.KP, KP2,
-            spec.rule == "official", x.chunked, attend, given, num_warps=warps, num_stages=2,
+            spec.rule == "official", not x.parts, x.chunked, attend, given, bool(pdl),
+            num_warps=warps, num_stages=2, **pdl,
         )  # fmt: skip
     return indices, out, lse
 
@@ -173,17 +196,28 @@ def _attend(
     if x.splits > 1:
         part = torch.empty(B, N, H, x.splits, D, dtype=torch.float32, device=device)
         part_lse = torch.empty(B, N, H, x.splits, dtype=torch.float32, device=device)
-    tiles = ceil_div(N, x.TT)
+    tiles, pdl = ceil_div(N, x.TT), _dependent(device.index)
     attend_kernel[(B * tiles * K * x.splits,)](
         q, k, v, lengths if indices is None else indices.contiguous(), lengths, lengths if starts is None else starts,
         part, part_lse, tiles, N, K, H // K, x.splits, slots, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2E, D, x.DP, block_size, x.GP, x.M, x.TT, x.BN, listed, x.splits > 1, starts is not None,
-        num_warps=4, num_stages=3,
+        bool(pdl), num_warps=4, num_stages=3, **pdl,
     )  # fmt: skip
     if x.splits > 1:
         SP = max(16, next_power_of_two(x.splits))
         combine_kernel[(B * N * H,)](
-            part, part_lse, out, lse, x.splits, D, x.DP, SP, min(SP, max(16, 4096 // x.DP)), num_warps=4
+            part,
+            part_lse,
+            out,
+            lse,
+            x.splits,
+            D,
+            x.DP,
+            SP,
+            min(SP, max(16, 4096 // x.DP)),
+            bool(pdl),
+            num_warps=4,
+            **pdl,
         )
     return out, lse
 
@@ -267,10 +301,10 @@ def _decode_op(
 def _update_op(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Tensor | None, S: int) -> None:
     if pooled.stride(3) != 1:
         raise RuntimeError("update_pooled: the head dimension of `pooled` must be contiguous")
-    k, D = _dense(k), k.shape[3]
+    k, D, pdl = _dense(k), k.shape[3], _dependent(k.device.index)
     pool_new_kernel[(ceil_div(new, S), k.shape[0] * k.shape[2])](
         k, pooled, lengths, lengths if starts is None else starts, new, k.shape[2], *k.stride()[:3],
-        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, num_warps=1,
+        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, bool(pdl), num_warps=1, **pdl,
     )  # fmt: skip
 
 

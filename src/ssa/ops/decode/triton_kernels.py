@@ -1,9 +1,13 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding is two launches. ``score_kernel`` reads the pooled keys once and leaves the logits and, per
-split, their maximum and sum. ``select_kernel`` turns the logits into scores; the program that finishes a row last
-selects the row's blocks and, where the budget is small, attends over them. Large budgets and full decoding spread the
-keys over programs (``attend_kernel``) and merge (``combine_kernel``).
+A step of sparse decoding is two or three launches. ``score_kernel`` reads the pooled keys once and leaves the logits
+and, per split, their maximum and sum. Then the logits become scores: in ``sum_kernel``, or, where a program has one
+tile, in ``select_kernel`` itself, whose last program of a row goes on. ``select_kernel`` selects the row's blocks and,
+where the budget is small, attends over them. Large budgets and full decoding spread the keys over programs
+(``attend_kernel``) and merge (``combine_kernel``).
+
+With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
+here then waits first, before it reads or returns, so the end of a kernel implies the end of all before it.
 
 Grids follow capacities and tiles follow the lengths on the device: splits beyond a length return at once, the others
 share what there is evenly. So a captured CUDA graph serves any lengths.
@@ -21,6 +25,14 @@ from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_offic
 
 NOTHING = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    """Wait for the kernels before this one, and let the next one be brought in."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -60,8 +72,10 @@ def pool_new_kernel(
     DP: tl.constexpr,
     S: tl.constexpr,
     STARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Mean key of one block if the new tokens completed it: the prefill's sum, in its order and rounded once."""
+    _begin(PDL)
     sequence, head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
     start = tl.program_id(0) * 0
     if STARTS:
@@ -112,8 +126,10 @@ def score_kernel(
     M: tl.constexpr,
     BN: tl.constexpr,
     STARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Logits of one row's heads over the completed blocks of one split, their maximum and sum."""
+    _begin(PDL)
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
     head = pair % K
@@ -203,6 +219,95 @@ def _attend_span(
     return o_md, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
 
 
+@triton.jit
+def _sum_heads(
+    float_ptr,
+    score_row,
+    chunk_row,
+    pair,
+    pairs,
+    first,  # tiles
+    last,
+    used,  # splits with an entry
+    splits,
+    complete,
+    lo,  # candidates
+    hi,
+    G,
+    NC,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    SP: tl.constexpr,
+    CS: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):
+    """Scores of a row's tiles, summed over the heads, and the largest candidate of every chunk."""
+    g, i = tl.arange(0, GP), tl.arange(0, SP)
+    wide = pair.to(tl.int64)
+    partial = float_ptr + pairs * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+    m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
+    l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
+    m = tl.max(m_ig, 0)
+    lse = m + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m[None, :]), 0))
+    logits = float_ptr + wide * G * NC
+    for tile in range(first, last):
+        n = tile * BN + tl.arange(0, BN)
+        there = (g < G)[:, None] & (n < complete)[None, :]
+        s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
+        score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
+        tl.store(score_row + n, score_n)
+        if CHUNKED:
+            candidate = (n >= lo) & (n < hi)
+            largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
+            tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "first_blocks", "local_blocks"])
+def sum_kernel(
+    lengths_ptr,
+    starts_ptr,
+    float_ptr,  # of score_kernel, then scores [rows, K, NC]
+    count_ptr,  # [rows, K], then chunk maxima [rows, K, NC / CS] int32
+    row0,
+    rows,
+    N,
+    K,
+    G,
+    splits,
+    parts,  # programs of a row
+    NC,
+    first_blocks,
+    local_blocks,
+    S: tl.constexpr,
+    GP: tl.constexpr,
+    BN: tl.constexpr,
+    SP: tl.constexpr,
+    CS: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    STARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Scores of one part of a row, on as many programs as the device holds: few registers, nothing to wait for."""
+    _begin(PDL)
+    part = tl.program_id(0) % parts
+    pair = tl.program_id(0) // parts
+    _, _, position = _place(row0 + pair // K, lengths_ptr, starts_ptr, N, STARTS)
+    complete = tl.maximum(position + 1, 0) // S
+    tiles = tl.cdiv(complete, BN)
+    first, last, _ = _share(tiles, part, parts)
+    if first >= last:
+        return
+    _, _, used = _share(tiles, 0, splits)
+    pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
+    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
+    chunk_row = count_ptr + pairs + wide * (NC // CS)
+    hi = position // S + 1 - local_blocks
+    _sum_heads(
+        float_ptr, score_row, chunk_row, pair, pairs, first, last, used, splits, complete, first_blocks, hi, G, NC,
+        GP, BN, SP, CS, CHUNKED,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC", "k", "first_blocks", "local_blocks"])
 def select_kernel(
     q_ptr,
@@ -248,51 +353,43 @@ def select_kernel(
     KP: tl.constexpr,
     KP2: tl.constexpr,
     OFFICIAL: tl.constexpr,
+    SUM: tl.constexpr,
     CHUNKED: tl.constexpr,
     ATTEND: tl.constexpr,
     STARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Scores of one split; the last program of a row selects its blocks and attends over them.
+    """One program per row, or (SUM) one per split, of which the last selects the row's blocks and attends over them.
 
     The top-k reads all scores at once, or, of a long row (CHUNKED), the chunks with the largest maxima.
     """
-    split = tl.program_id(0) % splits
-    pair = tl.program_id(0) // splits
+    _begin(PDL)
+    split = tl.program_id(0) * 0
+    pair = tl.program_id(0)
+    if SUM:
+        split = tl.program_id(0) % splits
+        pair = tl.program_id(0) // splits
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
     complete = tl.maximum(position + 1, 0) // S
-    first, last, used = _share(tl.cdiv(complete, BN), split, splits)
-    if split >= tl.maximum(used, 1):
-        return
     own = tl.where(position < 0, -1, position // S)
-    wide = pair.to(tl.int64)
-    partials = float_ptr + rows.to(tl.int64) * K * G * NC
-    score_row = partials + rows.to(tl.int64) * K * splits * 2 * GP + wide * NC
-    chunk_row = count_ptr + rows.to(tl.int64) * K + wide * (NC // CS)
-    g = tl.arange(0, GP)
-    if last > first:
-        i = tl.arange(0, SP)
-        partial = partials + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
-        m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
-        l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
-        m = tl.max(m_ig, 0)
-        lse = m + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m[None, :]), 0))
-        logits = float_ptr + wide * G * NC
-        for tile in range(first, last):
-            n = tile * BN + tl.arange(0, BN)
-            there = (g < G)[:, None] & (n < complete)[None, :]
-            s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
-            score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
-            tl.store(score_row + n, score_n)
-            if CHUNKED:
-                candidate = (n >= first_blocks) & (n < own + 1 - local_blocks)
-                largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
-                tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
-    tl.debug_barrier()  # every thread's stores come before the count that publishes them
-    done = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel", scope="gpu")
-    if done + 1 < tl.maximum(used, 1):
-        return
+    pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
+    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
+    chunk_row = count_ptr + pairs + wide * (NC // CS)
+    if SUM:
+        first, last, used = _share(tl.cdiv(complete, BN), split, splits)
+        if split >= tl.maximum(used, 1):
+            return
+        if last > first:
+            _sum_heads(
+                float_ptr, score_row, chunk_row, pair, pairs, first, last, used, splits, complete, first_blocks,
+                own + 1 - local_blocks, G, NC, GP, BN, SP, CS, CHUNKED,
+            )  # fmt: skip
+        tl.debug_barrier()  # every thread's stores come before the count that publishes them
+        done = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        if done + 1 < tl.maximum(used, 1):
+            return
     listed = indices_ptr + (row.to(tl.int64) * K + head) * k
     if OFFICIAL:
         _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
@@ -362,8 +459,10 @@ def attend_kernel(
     LISTED: tl.constexpr,
     PARTIAL: tl.constexpr,
     STARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A tile of TT tokens x the heads of one KV head, over a list of blocks (TT = 1) or over everything before them."""
+    _begin(PDL)
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
     head = pair % K
@@ -417,8 +516,10 @@ def combine_kernel(
     DP: tl.constexpr,
     SP: tl.constexpr,
     BS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merge the parts of one query head; a part without keys has an lse of -inf and is not read."""
+    _begin(PDL)
     place = tl.program_id(0).to(tl.int64)
     i, j, d = tl.arange(0, SP), tl.arange(0, BS), tl.arange(0, DP)
     lse_i = tl.load(part_lse_ptr + place * splits + i, mask=i < splits, other=NOTHING)
