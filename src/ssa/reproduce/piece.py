@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -93,6 +94,7 @@ def run_piece(piece: Piece, scale: Scale, data: Path, folder: Path, device: str)
     os.replace(temporary, folder / RESULT)
     if result.is_done:
         _tidy(piece, folder)
+    gc.collect()  # modules hold each other in cycles; the next piece needs the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return result
