@@ -88,30 +88,20 @@ def slabs() -> None:
 
 
 def small_tiles() -> None:
-    """Rows of several tiles: summed and selected by the same programs (a large device) or by a kernel each."""
+    """Rows of several tiles, shared out over the programs of a small and of a large device."""
     import ssa.ops.decode.triton as launches
 
-    processors, launches.TILE_BYTES = launches._processors, 1
-    x = CASES["one token, ragged"]
-    for launches._processors, together in ((lambda index: 132, True), (processors, False)):
+    launches.TILE_BYTES, x = 1, CASES["one token, ragged"]
+    for processors in (4, 132):
+        launches._processors = lambda index, n=processors: n
         launches._selection.cache_clear()
         launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
-        assert (launch.parts, launch.splits) == ((0, 2) if together else (2, 2))
+        assert launch.splits > 1
         compare("one token, ragged")
-
-
-def chunks() -> None:
-    """So do two levels of selection, which only long rows need."""
-    import ssa.ops.decode.triton as launches
-
-    launches.DIRECT_BLOCKS = 0
-    launches._selection.cache_clear()
-    compare("one token, ragged")
-    compare("forced blocks, group of 16")
 
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     for case in sys.argv[1:]:
-        special = {"slabs": slabs, "chunks": chunks, "small tiles": small_tiles}
+        special = {"slabs": slabs, "small tiles": small_tiles}
         special.get(case, lambda name=case: compare(name))()

@@ -18,7 +18,6 @@ CASES = (
     "more keys than one program attends",
     "small tiles",
     "slabs",
-    "chunks",
 )
 
 

@@ -27,7 +27,6 @@ from ssa.ops.triton_support import LOG2E, capability, ceil_div, next_power_of_tw
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
-DIRECT_BLOCKS, DIRECT_ROWS = 8192, 16  # most scores of a row that are searched at once, and most such rows
 TILE_BYTES = 16384  # of one tile of keys
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 
@@ -46,8 +45,7 @@ class _Selection(NamedTuple):
     chunks: int  # NCH
     KP: int
     slab: int  # rows at a time
-    chunked: bool  # two levels of selection
-    parts: int  # programs of a row that sum over the heads; 0: those that select do it
+    parts: int  # programs of a row that sum over the heads
 
 
 class _Attention(NamedTuple):
@@ -93,15 +91,12 @@ def _selection(
         free = min(spec.block_size // 2, spec.num_blocks)
     KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
-    # One level is faster for a row, but takes the registers of a whole processor.
-    chunked = official or width > DIRECT_BLOCKS or slab * K > DIRECT_ROWS
     rows, processors = slab * K, _processors(index)
-    fused = not chunked and rows * tiles <= processors  # a tile each: a launch costs more than the wait for the last
-    splits = max(1, min(tiles, (1 if fused else 4) * processors // rows, 1024 // GP))
-    parts = 0 if fused and splits == tiles else max(1, min(tiles, 8 * processors // rows))
+    splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
+    parts = max(1, min(tiles, 8 * processors // rows))
     chunks = max(4, next_power_of_two(width // chunk))
     BK = _tile(DP, itemsize, 16)
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, chunked, parts)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts)
 
 
 @lru_cache(maxsize=256)
@@ -142,33 +137,31 @@ def _select(
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
     floats = torch.empty(x.slab * K * (G * x.width + x.splits * 2 * x.GP + x.width), dtype=torch.float32, device=device)
-    integers = torch.empty(x.slab * K * (1 + x.width // x.chunk), dtype=torch.int32, device=device)
+    maxima = torch.empty(x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given = starts is not None
     first = lengths if starts is None else starts
     q_strides, p_strides = q.stride()[:3], pooled.stride()[:3]
     kv_strides = (*k.stride()[:3], *v.stride()[:3])
-    warps = 4 if x.chunked or x.width <= 2048 else 8
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     pdl = _dependent(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
-            q, pooled, lengths, first, floats, integers, row0, rows, N, K, G, x.splits, x.width, *q_strides,
+            q, pooled, lengths, first, floats, row0, rows, N, K, G, x.splits, x.width, *q_strides,
             *p_strides, c, D, x.DP, spec.block_size, x.GP, x.M, x.BN, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
-        if x.parts:
-            sum_kernel[(rows * K * x.parts,)](
-                lengths, first, floats, integers, row0, rows, N, K, G, x.splits, x.parts, x.width, spec.first_blocks,
-                spec.local_blocks, spec.block_size, x.GP, x.BN, SP, x.chunk, x.chunked, given, bool(pdl),
-                num_warps=4, num_stages=3, **pdl,
-            )  # fmt: skip
-        select_kernel[(rows * K * (1 if x.parts else x.splits),)](
-            q, k, v, lengths, first, indices, out, lse, floats, integers, row0, rows, N, K, G, x.splits, x.width,
+        sum_kernel[(rows * K * x.parts,)](
+            lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, spec.first_blocks,
+            spec.local_blocks, spec.block_size, x.GP, x.BN, SP, x.chunk, given, bool(pdl),
+            num_warps=4, num_stages=3, **pdl,
+        )  # fmt: skip
+        select_kernel[(rows * K,)](
+            q, k, v, lengths, first, indices, out, lse, floats, maxima, row0, rows, N, K, G, x.splits, x.width,
             k_blocks, spec.first_blocks, spec.local_blocks, *q_strides, *kv_strides, c,
-            D, x.DP, spec.block_size, x.GP, x.M, x.BN, x.BK, SP, x.chunks, x.chunk, x.KP, KP2,
-            spec.rule == "official", not x.parts, x.chunked, attend, given, bool(pdl),
-            num_warps=warps, num_stages=2, **pdl,
+            D, x.DP, spec.block_size, x.GP, x.M, x.BK, x.chunks, x.chunk, x.KP, KP2,
+            spec.rule == "official", attend, given, bool(pdl),
+            num_warps=4, num_stages=2, **pdl,
         )  # fmt: skip
     return indices, out, lse
 

@@ -1,8 +1,7 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding is two or three launches. ``score_kernel`` reads the pooled keys once and leaves the logits
-and, per split, their maximum and sum. Then the logits become scores: in ``sum_kernel``, or, where a program has one
-tile, in ``select_kernel`` itself, whose last program of a row goes on. ``select_kernel`` selects the row's blocks and,
+A step of sparse decoding is three launches. ``score_kernel`` reads the pooled keys once and leaves the logits and, per
+split, their maximum and sum; ``sum_kernel`` makes scores of the logits; ``select_kernel`` selects the row's blocks and,
 where the budget is small, attends over them. Large budgets and full decoding spread the keys over programs
 (``attend_kernel``) and merge (``combine_kernel``).
 
@@ -21,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key, _largest
+from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key
 
 NOTHING = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
@@ -104,7 +103,6 @@ def score_kernel(
     lengths_ptr,
     starts_ptr,
     float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
-    count_ptr,  # [rows, K] int32, set to 0
     row0,
     rows,
     N,
@@ -135,8 +133,6 @@ def score_kernel(
     head = pair % K
     row = row0 + pair // K
     sequence, _, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
-    if split == 0:
-        tl.store(count_ptr + pair, 0)
     complete = tl.maximum(position + 1, 0) // S
     first, last, _ = _share(tl.cdiv(complete, BN), split, splits)
     if first >= last:
@@ -239,7 +235,6 @@ def _sum_heads(
     BN: tl.constexpr,
     SP: tl.constexpr,
     CS: tl.constexpr,
-    CHUNKED: tl.constexpr,
 ):
     """Scores of a row's tiles, summed over the heads, and the largest candidate of every chunk."""
     g, i = tl.arange(0, GP), tl.arange(0, SP)
@@ -256,10 +251,9 @@ def _sum_heads(
         s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
         score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
         tl.store(score_row + n, score_n)
-        if CHUNKED:
-            candidate = (n >= lo) & (n < hi)
-            largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
-            tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
+        candidate = (n >= lo) & (n < hi)
+        largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
+        tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "first_blocks", "local_blocks"])
@@ -267,7 +261,7 @@ def sum_kernel(
     lengths_ptr,
     starts_ptr,
     float_ptr,  # of score_kernel, then scores [rows, K, NC]
-    count_ptr,  # [rows, K], then chunk maxima [rows, K, NC / CS] int32
+    chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
     row0,
     rows,
     N,
@@ -283,7 +277,6 @@ def sum_kernel(
     BN: tl.constexpr,
     SP: tl.constexpr,
     CS: tl.constexpr,
-    CHUNKED: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -300,11 +293,11 @@ def sum_kernel(
     _, _, used = _share(tiles, 0, splits)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
     score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
-    chunk_row = count_ptr + pairs + wide * (NC // CS)
+    chunk_row = chunk_ptr + wide * (NC // CS)
     hi = position // S + 1 - local_blocks
     _sum_heads(
         float_ptr, score_row, chunk_row, pair, pairs, first, last, used, splits, complete, first_blocks, hi, G, NC,
-        GP, BN, SP, CS, CHUNKED,
+        GP, BN, SP, CS,
     )  # fmt: skip
 
 
@@ -319,7 +312,7 @@ def select_kernel(
     out_ptr,  # [R, H, D]
     lse_ptr,  # [R, H] float32, natural
     float_ptr,  # of score_kernel, then scores [rows, K, NC]
-    count_ptr,  # [rows, K] programs that have finished, then chunk maxima [rows, K, NC / CS] int32
+    chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
     row0,
     rows,
     N,
@@ -345,66 +338,33 @@ def select_kernel(
     S: tl.constexpr,
     GP: tl.constexpr,
     M: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
-    SP: tl.constexpr,
     NCH: tl.constexpr,
     CS: tl.constexpr,
     KP: tl.constexpr,
     KP2: tl.constexpr,
     OFFICIAL: tl.constexpr,
-    SUM: tl.constexpr,
-    CHUNKED: tl.constexpr,
     ATTEND: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program per row, or (SUM) one per split, of which the last selects the row's blocks and attends over them.
-
-    The top-k reads all scores at once, or, of a long row (CHUNKED), the chunks with the largest maxima.
-    """
+    """Top-k of a row in the chunks with the largest maxima, and attention over its blocks."""
     _begin(PDL)
-    split = tl.program_id(0) * 0
     pair = tl.program_id(0)
-    if SUM:
-        split = tl.program_id(0) % splits
-        pair = tl.program_id(0) // splits
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
-    complete = tl.maximum(position + 1, 0) // S
     own = tl.where(position < 0, -1, position // S)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
     score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
-    chunk_row = count_ptr + pairs + wide * (NC // CS)
-    if SUM:
-        first, last, used = _share(tl.cdiv(complete, BN), split, splits)
-        if split >= tl.maximum(used, 1):
-            return
-        if last > first:
-            _sum_heads(
-                float_ptr, score_row, chunk_row, pair, pairs, first, last, used, splits, complete, first_blocks,
-                own + 1 - local_blocks, G, NC, GP, BN, SP, CS, CHUNKED,
-            )  # fmt: skip
-        tl.debug_barrier()  # every thread's stores come before the count that publishes them
-        done = tl.atomic_add(count_ptr + pair, 1, sem="acq_rel", scope="gpu")
-        if done + 1 < tl.maximum(used, 1):
-            return
+    chunk_row = chunk_ptr + wide * (NC // CS)
     listed = indices_ptr + (row.to(tl.int64) * K + head) * k
     if OFFICIAL:
         _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
     else:
         hi = own + 1 - local_blocks
         need = k - first_blocks - local_blocks
-        if CHUNKED:
-            block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
-        else:
-            block = tl.arange(0, NCH * CS)
-            inside = (block >= first_blocks) & (block < hi)
-            key = tl.where(inside, _key(tl.load(score_row + block, mask=inside, other=0.0)), 0)
-            highest = tl.max(key)
-            need = tl.minimum(tl.maximum(hi - first_blocks, 0), need)
-            taken = _largest(key, need, highest, tl.minimum(highest, 1))
+        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
         _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
     if ATTEND:
         tl.debug_barrier()  # the list is complete

@@ -27,6 +27,10 @@ def _refuse_cudnn(request: Request) -> str | None:
         [
             ("cudnn" not in backends.usable(request), "Flash is the better choice on this GPU"),
             (deterministic, "its backward pass has no deterministic mode"),
+            (
+                len({w.length for w in windows}) > 1,
+                "documents of several lengths, whose windows never repeat: cuDNN would plan a call for each",
+            ),
             (len(windows) > MOST_WINDOWS, f"more than {MOST_WINDOWS} different windows"),
             (
                 any(w.size < SHORTEST or 0 < w.begin < SHORTEST for w in windows),
