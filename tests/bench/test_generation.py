@@ -7,7 +7,7 @@ from ssa.bench import generation
 from ssa.bench.generation import Case, Model
 from ssa.bench.runner import Options
 from ssa.bench.targets import TARGETS
-from ssa.model.cache import Positions
+from ssa.model.positions import Positions
 
 TINY = Model("tiny", 32, 48, 2, 4, 2, 8, 97)
 CASES = tuple(Case(TINY, kind, 1024, 2) for kind in ("attention", "decode", "prefill"))

@@ -24,7 +24,8 @@ STOCK: dict[str, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
 }
 READABLE = (SSAConfig.model_type, *STOCK, OFFICIAL)
-SHARED = (
+#: Keys that say how large a model is, by the same name in every family.
+SHAPE = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -32,12 +33,15 @@ SHARED = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "hidden_act",
     "max_position_embeddings",
-    "initializer_range",
     "rms_norm_eps",
-    "rope_parameters",
+    "initializer_range",
     "tie_word_embeddings",
+)
+SHARED = (
+    *SHAPE,
+    "hidden_act",
+    "rope_parameters",
     "attention_bias",
     "mlp_bias",
     "bos_token_id",

@@ -10,28 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ssa.errors import ConfigError, MissingDependencyError
+from ssa.model.families import SHAPE
 from ssa.model.loading import model_folder, read_config
 
 if TYPE_CHECKING:
     from ssa.train.recipe import ModelSection
 
 # Keys of recipe and configuration that a checkpoint decides; all else is the recipe's.
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "initializer_range",
-    "tie_word_embeddings",
-    "gated",
-    "qkv_bias",
-    "qk_norm",
-)
+DECIDED = (*SHAPE, "gated", "qkv_bias", "qk_norm")
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what a recipe cannot say otherwise
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "g_proj")
 
@@ -52,7 +38,7 @@ def shape_of(checkpoint: str | Path) -> dict[str, Any]:
     for key, value in FIXED.items():
         if getattr(config, key) != value:
             raise ConfigError(f"--from {checkpoint}: {key}", getattr(config, key), value)
-    values = {f"model.{key}": getattr(config, key) for key in SHAPE}
+    values = {f"model.{key}": getattr(config, key) for key in DECIDED}
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
     scaled = kind == "llama3" and {key: rope[key] for key in LLAMA3_FREQUENCIES} == LLAMA3_FREQUENCIES
