@@ -1,5 +1,7 @@
 """Pieces: their order, and that each of them can be trained and evaluated as planned."""
 
+from collections import Counter
+
 import pytest
 
 from ssa.errors import ConfigError
@@ -7,13 +9,25 @@ from ssa.reproduce import SCALES, pieces
 from ssa.train.recipe_file import load_recipe
 
 
-def test_core_methods_come_first_seed_by_seed():
+def test_pieces_come_in_order_of_importance():
     found = pieces(SCALES["small"])
-    assert [(p.variant, p.seed) for p in found[:5]] == [("ssa", 0), ("full", 0), ("moba", 0), ("nsa", 0), ("ssa", 1)]
-    roles = [p.role for p in found]
-    assert roles == sorted(roles, key=["core", "fraction", "ablation"].index)
-    assert (roles.count("core"), roles.count("fraction")) == (12, 9)
+    assert [(p.variant, p.seed) for p in found[:4]] == [("ssa", 0), ("full", 0), ("moba", 0), ("ssa", 1)]
+    first = {p.variant: number for number, p in reversed([*enumerate(found)])}
+    order = ["ssa", "sampled-8", "nsa", "sampled-4", "sparsity-only", "alpha-1"]
+    assert sorted(order, key=first.get) == order
     assert len({p.name for p in found}) == len(found)
+    counts = Counter(p.variant for p in found)
+    assert [counts[name] for name in ("ssa", "sampled-8", "nsa", "sampled-4", "raw")] == [5, 5, 3, 3, 1]
+
+
+def test_changes_reach_every_recipe_and_a_brief_piece_measures_its_own_budget_alone():
+    found = pieces(SCALES["small"], (1,), ("ssa", "alpha-160"), {"optimizer.learning_rate": 3e-4}, brief=True)
+    assert {p.load("x", "cpu").optimizer.learning_rate for p in found} == {3e-4}
+    assert found[1].load("x", "cpu").model.alignment_weight == 160
+    plan = found[0].plan(SCALES["small"])
+    assert (plan.budgets, plan.suite) == ((16,), None)
+    with pytest.raises(ConfigError, match="learning_rat"):
+        pieces(SCALES["small"], changes={"optimizer.learning_rat": 1})
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)

@@ -109,6 +109,22 @@ def test_nothing_is_started_that_would_end_too_late(data, tmp_path):
     assert Job.read(tmp_path / "job.json") == given
 
 
+def test_a_study_holds_one_kind_of_pieces(data, tmp_path, capsys):
+    argv = ["reproduce", "--scale", "tiny", "--data", str(data), "--out", str(tmp_path), "--gpus", "0", "--brief"]
+    argv += ["--only", "full", "--seeds", "0", "--set", "training.steps=2", "optimizer.learning_rate=1e-3"]
+    assert main(argv) == 0
+    recipe = (tmp_path / "pieces" / "full-seed0" / "recipe.yaml").read_text()
+    assert "learning_rate: 0.001" in recipe
+    result = json.loads((tmp_path / "pieces" / "full-seed0" / "evaluation.json").read_text())
+    assert len(result["runs"]) == 2
+    assert "--set training.steps=2" in result["command"]
+    assert not (tmp_path / "report.html").exists()
+    capsys.readouterr()
+    assert main([*argv[:-1], "optimizer.learning_rate=2e-3"]) == 2
+    assert "one kind of pieces" in capsys.readouterr().err
+    assert main([*argv[:-1], "nonsense"]) == 2
+
+
 def test_bad_calls_are_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="gpus"):
         Study(job(data, tmp_path), 99)

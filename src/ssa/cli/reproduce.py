@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ssa.reproduce.worker import Job
 
 REPORT_SECONDS = 20.0  # set aside of --seconds for writing the report
 
@@ -27,8 +29,10 @@ def reproduce(
     seconds: Annotated[float | None, arg(help="start no piece that would not be done after so many seconds")] = None,
     gpus: Annotated[int | None, arg(help="GPUs to use, 0 for the CPU; default all")] = None,
     workers_per_gpu: Annotated[int, arg(help="processes on each GPU")] = 1,
-    seeds: Annotated[tuple[int, ...], arg(help="instead of 0 1 2")] = (),
+    seeds: Annotated[tuple[int, ...], arg(help="instead of the scale's own")] = (),
     only: Annotated[tuple[str, ...], arg(help="variants to do, such as ssa or alpha-160; default all")] = (),
+    set: Annotated[tuple[str, ...], arg(help="recipe keys of all pieces, such as optimizer.learning_rate=1e-3")] = (),
+    brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no report")] = False,
     report: Annotated[bool, arg(help="train nothing: write the report of what is there")] = False,
     claims: Annotated[Path | None, arg(help="also write the claims table to this Markdown file")] = None,
 ) -> int:
@@ -45,7 +49,12 @@ def reproduce(
         if data is None:
             raise ConfigError("--data", "none", "a folder that `ssa prepare` wrote")
         deadline = None if seconds is None else began + seconds - REPORT_SECONDS
-        _run(console, scale, data, out, seeds, only, deadline, gpus, workers_per_gpu)
+        from ssa.reproduce.worker import Job
+
+        job = Job(scale, str(data), str(out), seeds or None, only, deadline, _changes(set), brief)
+        _run(console, job, gpus, workers_per_gpu)
+    if brief:
+        return 0
     from ssa.report import read_study, render_claims, write_study
 
     study = read_study(out)
@@ -56,23 +65,25 @@ def reproduce(
     return 0
 
 
-def _run(
-    console: Console,
-    scale: str,
-    data: Path,
-    out: Path,
-    seeds: tuple[int, ...],
-    only: tuple[str, ...],
-    deadline: float | None,
-    gpus: int | None,
-    workers_per_gpu: int,
-) -> None:
+def _changes(given: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; values as YAML has them."""
+    from ssa.errors import ConfigError
+    from ssa.train.recipe_file import parse_value
+
+    found = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or "." not in key:
+            raise ConfigError("--set", repr(item), "section.key=value", "optimizer.learning_rate=1e-3")
+        found[key] = parse_value(value)
+    return found
+
+
+def _run(console: Console, job: Job, gpus: int | None, workers_per_gpu: int) -> None:
     import torch
 
     from ssa.reproduce import Progress, Study, run_study
-    from ssa.reproduce.worker import Job
 
-    job = Job(scale, str(data), str(out), seeds or None, only, deadline)
     study = Study(job, torch.cuda.device_count() if gpus is None else gpus, workers_per_gpu)
     count, expected = study.estimate()
     console.print(f"{count} pieces to do on {len(study.devices)} workers, about {expected / 60:.1f} minutes")

@@ -116,7 +116,9 @@ def evaluate(
     def batches(count: int) -> Loader:
         return Loader(dataset, plan.rows_per_batch, shuffle=False, epochs=1, limit=count)
 
+    say("perplexity")
     measured = perplexity(model, lambda: batches(rows), plan.settings(model), on_batch)
+    say("attention statistics")
     spec = SparseSpec(plan.block_size or config.block_size, config.num_blocks)
     modes = ["sparse"] if config.method == "nsa" else ["full", "sparse"]
     attention = []

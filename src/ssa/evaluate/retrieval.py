@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ssa.documents import DocumentLayout
 from ssa.evaluate.documents import grouped
@@ -61,29 +60,43 @@ def score_tasks(model: SSAForCausalLM, tasks: Sequence[Task]) -> list[Score]:
     rows = [(number, c) for number, task in enumerate(tasks) for c in range(len(task.candidates))]
     totals: dict[int, dict[int, float]] = defaultdict(dict)
     greedy: dict[int, float] = {}
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for number, c in rows:
-        shapes[len(tasks[number].prompt), len(tasks[number].candidates[c])].append((number, c))
-    for (prompt, answer), same in shapes.items():
-        for part in grouped(same, prompt + answer, TOKENS_PER_BATCH):
-            sequences = [(*tasks[n].prompt, *tasks[n].candidates[c]) for n, c in part]
-            ids = torch.tensor(sequences, device=model.device)
-            log_p, hits = _answers(model, ids, answer)
-            for row, (number, c) in enumerate(part):
-                totals[number][c] = float(log_p[row])
-                if c == tasks[number].gold:
-                    greedy[number] = float(hits[row])
+    if not rows:
+        return []
+    longest = max(len(tasks[n].prompt) + len(tasks[n].candidates[c]) for n, c in rows)
+    for part in grouped(rows, longest, TOKENS_PER_BATCH):
+        for (n, c), (log_p, hit) in zip(part, _answers(model, tasks, part, longest), strict=True):
+            totals[n][c] = log_p
+            if c == tasks[n].gold:
+                greedy[n] = hit
     best = [max(totals[n], key=lambda c, n=n: totals[n][c]) for n in range(len(tasks))]  # type: ignore[misc]
     return [Score(float(best[n] == task.gold), greedy[n]) for n, task in enumerate(tasks)]
 
 
-def _answers(model: SSAForCausalLM, ids: Tensor, answer: int) -> tuple[Tensor, Tensor]:
-    """Log-probability of the last ``answer`` tokens ``[B]``, and whether all of them are the most likely ``[B]``."""
-    layout = DocumentLayout.single(ids.shape[0], ids.shape[1] - 1)
-    logits = model(ids[:, :-1], layout=layout, logits_to_keep=answer).logits.float()
-    targets = ids[:, -answer:]
-    log_p = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
-    return log_p.double().cpu(), (logits.argmax(-1) == targets).all(-1).cpu()
+def _answers(
+    model: SSAForCausalLM, tasks: Sequence[Task], rows: Sequence[tuple[int, int]], longest: int
+) -> list[tuple[float, float]]:
+    """Of each (task, candidate): its log-probability, and whether all of its tokens are the most likely ones.
+
+    Rows are filled up at their ends, which causal attention never looks at: all have one shape, for which kernels are
+    planned once.
+    """
+    prompts = [tasks[n].prompt for n, _ in rows]
+    answers = [tasks[n].candidates[c] for n, c in rows]
+    kept = longest - min(map(len, prompts))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    counts = torch.zeros(len(rows), kept, dtype=torch.bool)  # which of the last predictions are of the answer
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        first = kept - (longest - len(prompt))
+        counts[row, first : first + len(answer)] = True
+    ids, counts = ids.to(model.device), counts.to(model.device)
+    layout = DocumentLayout.single(len(rows), longest - 1)
+    logits = model(ids[:, :-1], layout=layout, logits_to_keep=kept).logits.float()
+    targets = ids[:, -kept:]
+    log_p = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    sums = (log_p.double() * counts).sum(-1).tolist()
+    hits = ((logits.argmax(-1) == targets) | ~counts).all(-1).double().tolist()
+    return list(zip(sums, hits, strict=True))
 
 
 def needle_results(

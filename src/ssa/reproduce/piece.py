@@ -115,7 +115,15 @@ def _evaluate(piece: Piece, scale: Scale, data: Path, folder: Path, device: str)
     model = load_model(folder, device=resolve_device(device))
     dataset = PackedDataset(data, "valid")
     command = f"ssa reproduce --scale {scale.name} --only {piece.variant}"
-    result = evaluate(model, dataset, piece.plan(scale), facts=run_facts(folder), command=command)
+    command += "".join(f" --set {key}={value}" for key, value in piece.changes.items())
+    began = time.perf_counter()
+
+    def say(what: str) -> None:  # the log of a worker shows where its time goes
+        print(f"  {time.perf_counter() - began:6.1f} s: {what}", flush=True)
+
+    say("model and data are open")
+    result = evaluate(model, dataset, piece.plan(scale), facts=run_facts(folder), command=command, say=say)
+    say("evaluated")
     write_result(result, folder / EVALUATION)
 
 

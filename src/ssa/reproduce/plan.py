@@ -15,11 +15,12 @@ from ssa.train.recipe_file import load_recipe
 
 Role = Literal["core", "fraction", "ablation"]
 
-METHODS = ("ssa", "full", "moba", "nsa")
+#: Compared with every seed; NSA, the dearest, has the first seeds alone.
+METHODS = ("ssa", "full", "moba")
 #: Shipped recipes of `ablations/` that align on a fraction of the queries.
 FRACTIONS = ("sampled-8", "sampled-4", "sampled-16")
-#: Shipped recipes of `ablations/`, in order of importance.
-ABLATIONS = (
+#: Shipped recipes of `ablations/` that a claim needs or that show most, in order of importance.
+URGENT = (
     "sparsity-only",
     "commitment-only",
     "layer-streams",
@@ -28,6 +29,9 @@ ABLATIONS = (
     "official-top-k",
     "p-0",
     "p-1",
+)
+#: The other ablations.
+ABLATIONS = (
     "alpha-1",
     "alpha-40",
     "raw",
@@ -51,6 +55,7 @@ class Scale:
         name: folder of its recipes.
         seconds: expected duration of a piece, for the first estimate; then the measured one counts.
         seeds: of the core methods and the fractions; ablations have the first.
+        more_seeds: of the core methods and the first fraction, done after the ablations of `URGENT`.
         fields: receptive fields of the perplexity runs, in tokens.
         rows: held-out rows for perplexity.
         statistics_rows: rows for the attention statistics.
@@ -74,6 +79,7 @@ class Scale:
     candidates: int = 4
     stride: int = 256
     rows_per_batch: int = 8
+    more_seeds: tuple[int, ...] = ()
 
 
 _LENGTHS = (1024, 2048, 4096, 8192)
@@ -81,7 +87,7 @@ SCALES = {
     "tiny": Scale(
         "tiny", 6, (0, 1, 2), (16, 32, 64), 8, 2, (256, 512), 600, forms=("single",), stride=64, rows_per_batch=4
     ),
-    "small": Scale("small", 27, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 96, 4, _LENGTHS, 10240),
+    "small": Scale("small", 27, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 96, 4, _LENGTHS, 10240, more_seeds=(3, 4)),
     "64m": Scale("64m", 170, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 192, 4, _LENGTHS, 16384, samples=2),
 }
 
@@ -96,6 +102,8 @@ class Piece:
         role: what it is for.
         recipe: shipped recipe that it starts from.
         overrides: recipe keys that differ.
+        changes: recipe keys that differ in all pieces of the study.
+        brief: evaluate perplexity and statistics at the trained budget alone.
     """
 
     variant: str
@@ -103,6 +111,8 @@ class Piece:
     role: Role
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict, hash=False)
+    changes: dict[str, Any] = field(default_factory=dict, hash=False)
+    brief: bool = False
 
     @property
     def name(self) -> str:
@@ -112,11 +122,13 @@ class Piece:
     def load(self, data: str, device: str) -> Recipe:
         """The recipe that is trained."""
         run = {"name": self.name, "seed": self.seed, "data.path": data, "training.device": device}
-        return load_recipe(self.recipe, {**self.overrides, **run})
+        return load_recipe(self.recipe, {**self.changes, **self.overrides, **run})
 
     def plan(self, scale: Scale) -> Plan:
         """How it is evaluated: the whole suite for the core methods, statistics at one length for the others."""
-        model = load_recipe(self.recipe, self.overrides).model
+        model = load_recipe(self.recipe, {**self.changes, **self.overrides}).model
+        if self.brief:
+            return Plan((model.num_blocks,), None, scale.rows, scale.statistics_rows, scale.rows_per_batch, "exact")
         budgets = sorted({max(1, tokens // model.block_size) for tokens in scale.fields} | {model.num_blocks})
         suite = SuitePlan(
             scale.lengths,
@@ -134,33 +146,55 @@ class Piece:
         return Plan(budgets, None, rows, statistics, batch, "exact", suite, suite_budgets=(model.num_blocks,))
 
 
-def pieces(scale: Scale, seeds: Sequence[int] | None = None, only: Sequence[str] = ()) -> list[Piece]:
-    """All pieces in order of importance: core methods seed by seed, then fractions of the alignment, then ablations.
+def pieces(
+    scale: Scale,
+    seeds: Sequence[int] | None = None,
+    only: Sequence[str] = (),
+    changes: dict[str, Any] | None = None,
+    brief: bool = False,
+) -> list[Piece]:
+    """All pieces in order of importance: SSA, FullAttn and MoBA seed by seed; alignment on 1/8 of the queries; NSA;
+    the other fractions; ablations that a claim needs; further seeds; the other ablations.
 
     Args:
         seeds: instead of the scale's.
         only: variants to keep; none keeps all.
+        changes, brief: see :class:`Piece`.
 
     Raises:
-        ConfigError: an unknown variant.
+        ConfigError: an unknown variant, or changes that no recipe takes.
     """
-    found = list(_pieces(scale, tuple(seeds or scale.seeds)))
+    first, more = (tuple(seeds), ()) if seeds else (scale.seeds, scale.more_seeds)
+    found = [dataclasses.replace(p, changes=changes or {}, brief=brief) for p in _pieces(scale, first, more)]
     known = list(dict.fromkeys(piece.variant for piece in found))
     if unknown := [name for name in only if name not in known]:
         raise ConfigError("only", unknown[0], f"one of {', '.join(known)}")
-    return [piece for piece in found if not only or piece.variant in only]
+    chosen = [piece for piece in found if not only or piece.variant in only]
+    for method in {piece.recipe: piece for piece in chosen}.values() if changes else ():
+        method.load("checked", "cpu")
+    return chosen
 
 
-def _pieces(scale: Scale, seeds: tuple[int, ...]) -> Iterator[Piece]:
-    ssa = f"{scale.name}/ssa"
+def _pieces(scale: Scale, seeds: tuple[int, ...], more: tuple[int, ...]) -> Iterator[Piece]:
     for seed in seeds:
-        for method in METHODS:
-            yield Piece(method, seed, "core", f"{scale.name}/{method}")
-    for seed in seeds:
-        for name in FRACTIONS:
-            yield Piece(name, seed, "fraction", ssa, _overrides(name, scale))
-    for name in ABLATIONS:
-        yield Piece(name, seeds[0], "ablation", ssa, _overrides(name, scale))
+        yield from (_core(scale, method, seed) for method in METHODS)
+    for name in FRACTIONS:
+        yield from (_variant(scale, name, seed, "fraction") for seed in seeds)
+        if name == FRACTIONS[0]:
+            yield from (_core(scale, "nsa", seed) for seed in seeds)
+    yield from (_variant(scale, name, seeds[0], "ablation") for name in URGENT)
+    for seed in more:
+        yield from (_core(scale, method, seed) for method in METHODS)
+        yield _variant(scale, FRACTIONS[0], seed, "fraction")
+    yield from (_variant(scale, name, seeds[0], "ablation") for name in ABLATIONS)
+
+
+def _core(scale: Scale, method: str, seed: int) -> Piece:
+    return Piece(method, seed, "core", f"{scale.name}/{method}")
+
+
+def _variant(scale: Scale, name: str, seed: int, role: Role) -> Piece:
+    return Piece(name, seed, role, f"{scale.name}/ssa", _overrides(name, scale))
 
 
 def _overrides(ablation: str, scale: Scale) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def run_study(study: Study, on_piece: Callable[[Progress], None] = lambda progre
         (out / name).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
+        _check_same(out / JOB, study.job)
         shutil.rmtree(out / CLAIMS, ignore_errors=True)
         (out / CLAIMS).mkdir()
         study.job.write(out / JOB)
@@ -93,6 +94,17 @@ def run_study(study: Study, on_piece: Callable[[Progress], None] = lambda progre
             _run_workers(study, out, watch)
         watch.look()
     return study.job.results()
+
+
+def _check_same(file: Path, job: Job) -> None:
+    """Refuse to put pieces of different kinds into one study."""
+    if not file.is_file():
+        return
+    before = Job.read(file)
+    for name in ("scale", "changes", "brief"):
+        old, new = getattr(before, name), getattr(job, name)
+        if old != new and job.results():
+            raise ConfigError(str(file), f"{name} {old} and now {new}", "one kind of pieces", "another --out")
 
 
 class _Watch:

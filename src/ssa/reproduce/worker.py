@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ class Job:
         scale: name of the scale; data: prepared data; out: folder of the study.
         seeds, only: see :func:`ssa.reproduce.pieces`.
         deadline: seconds since the epoch after which no piece should run; None: none.
+        changes, brief: see :class:`ssa.reproduce.Piece`.
     """
 
     scale: str
@@ -37,10 +39,12 @@ class Job:
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] = ()
     deadline: float | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    brief: bool = False
 
     def pieces(self) -> list[Piece]:
         """The pieces in order of importance."""
-        return pieces(SCALES[self.scale], self.seeds, self.only)
+        return pieces(SCALES[self.scale], self.seeds, self.only, self.changes, self.brief)
 
     def folder(self, piece: Piece) -> Path:
         """Where a piece's results are."""

@@ -54,6 +54,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+def parse_value(text: str) -> Any:
+    """A value as a recipe's YAML would read it: ``"1e-3"`` is a number.
+
+    Raises:
+        ConfigError: text that is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        raise ConfigError("value", repr(text), "a YAML value") from None
+
+
 # ---------------------------------------------------------------------- files
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
