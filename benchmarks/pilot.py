@@ -80,12 +80,11 @@ def line(row: dict[str, Any]) -> str:
     show = lambda key, form: format(row[key], form) if row.get(key) is not None else "-"  # noqa: E731
     fields = [key for key in row if key.isdigit()]
     sparse = "  ".join(f"RF {key} {row[key]:.2f}" for key in fields)
-    return (
-        f"{row['piece']:<12} {row['call']}\n    full {show('None', '.2f')}  {sparse or '-'}  "
-        f"training loss {show('cross_entropy', '.3f')} at step {show('step', 'd')}  "
-        f"{show('tokens_per_second', ',.0f')} tokens/s  trained {show('train_seconds', '.0f')} s  evaluated {show('evaluate_seconds', '.0f')} s  "
-        f"{row.get('message') or ''}"
-    )
+    loss = f"training loss {show('cross_entropy', '.3f')} at step {show('step', 'd')}"
+    speed = f"{show('tokens_per_second', ',.0f')} tokens/s"
+    took = f"trained {show('train_seconds', '.0f')} s  evaluated {show('evaluate_seconds', '.0f')} s"
+    perplexity = f"full {show('None', '.2f')}  {sparse or '-'}"
+    return f"{row['piece']:<12} {row['call']}\n    {perplexity}  {loss}  {speed}  {took}  {row.get('message') or ''}"
 
 
 def main() -> int:
