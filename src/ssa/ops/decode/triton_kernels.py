@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.selection.triton_kernels import _best_of_chunks, _emit, _emit_official, _key
+from ssa.ops.selection.triton_topk import _best_of_chunks, _emit, _emit_official, _key
 
 NOTHING = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
-from ssa.ops.selection.triton_kernels import (
-    lse_kernel,
-    pool_kernel,
-    score_kernel,
-    select_kernel,
-    select_official_kernel,
-)
+from ssa.ops.selection.triton_kernels import lse_kernel, normalise_kernel, pool_kernel, score_kernel
+from ssa.ops.selection.triton_topk import refine_kernel, select_kernel, select_official_kernel
 from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import (
     LOG2E,
@@ -33,6 +28,8 @@ from ssa.ops.triton_support import (
 SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
 SLAB_INTEGERS = 5  # per slab in `_slabs`
+COARSE_BLOCKS = 8  # blocks behind one key of a guess
+ONE_PASS_TOKENS = 4096  # longest document of a batch from which one pass is taken (docs/kernels.md)
 
 
 class TileConfig(NamedTuple):
@@ -109,22 +106,32 @@ def _select(
     B, T, H, D = q.shape
     K, N, S, device = k.shape[2], B * T, block_size, q.device
     layout = layout_of(tuple(lengths), B, T)
-    grid, starts = layout.block_grid(S, device), layout.starts(device)
+    guess = not official and layout.max_length >= ONE_PASS_TOKENS
+    grid, coarse_grid, starts = (
+        layout.block_grid(S, device),
+        layout.block_grid(S * COARSE_BLOCKS, device),
+        layout.starts(device),
+    )
     (q, q_stride), (k, k_stride) = rows(q), rows(k)
     where = capability(device.index)
     DP, c, G = max(16, next_power_of_two(D)), scale * LOG2E, H // K
-    launch = Launcher(q.device, q.dtype, H, K, D, q_stride, k_stride)
-    blocks, first_block = grid.num_blocks, grid.first_block
-    pooled = torch.empty(blocks, K, D, dtype=k.dtype, device=k.device)
-    arguments: tuple[Any, ...] = (k, pooled, grid.block_start, *k_stride, K, blocks)
-    launch(pool_kernel, (ceil_div(blocks, 8), K, 1), arguments, (D, DP, S, 8), Launch(4))
+    launch = Launcher(device, q.dtype, H, K, D, q_stride, k_stride)
+    first_block, chunks = grid.first_block, coarse_grid.num_blocks
+    pooled = torch.empty(grid.num_blocks, K, D, dtype=k.dtype, device=device)
+    coarse = torch.empty(chunks, K, D, dtype=k.dtype, device=device)
+    arguments: tuple[Any, ...] = (
+        k, pooled, coarse, coarse_grid.block_start, starts, first_block, *k_stride, K, chunks,
+    )  # fmt: skip
+    launch(pool_kernel, (chunks, K, 1), arguments, (D, DP, S, COARSE_BLOCKS), Launch(4))
 
     config = lse_config(D, where)
     tile_start = layout.block_grid(config.tokens, device).block_start
     tiles = tile_start.numel() - 1
-    lse = torch.empty(H, N, dtype=torch.float32, device=q.device)
-    arguments = (q, pooled, lse, tile_start, starts, first_block, tiles, *q_stride, N, K, c, G)
-    constants: tuple[Any, ...] = (D, DP, S, config.tokens, config.blocks)
+    lse = torch.empty(H, N, dtype=torch.float32, device=device)
+    arguments = (
+        q, pooled, coarse, lse, tile_start, starts, first_block, coarse_grid.first_block, tiles, *q_stride, N, K, c, G,
+    )  # fmt: skip
+    constants: tuple[Any, ...] = (D, DP, S, config.tokens, config.blocks, COARSE_BLOCKS, guess)
     launch(lse_kernel, (tiles, H, 1), arguments, constants, config.how)
 
     config = score_config(D, where)
@@ -133,28 +140,45 @@ def _select(
     width, chunk = slabs[0], chunk_blocks(slabs[0], S, official)
     plans = [slabs[i : i + SLAB_INTEGERS] for i in range(1, len(slabs), SLAB_INTEGERS)]
     rows_at_most = max(plan[3] for plan in plans)
-    score = torch.empty(rows_at_most, K, width, dtype=torch.float32, device=q.device)
-    chunk_max = torch.empty(rows_at_most, K, width // chunk, dtype=torch.int32, device=q.device)
-    out = torch.empty(B, T, K, num_blocks, dtype=torch.int32, device=q.device)
+    score = torch.empty(rows_at_most, K, width, dtype=torch.float32, device=device)
+    chunk_max = torch.empty(rows_at_most, K, width // chunk, dtype=torch.int32, device=device)
+    if guess:
+        part = torch.empty(width // config.blocks, H, rows_at_most, dtype=torch.float32, device=device)
+        true_lse = torch.empty(rows_at_most, H, dtype=torch.float32, device=device)
+        share = torch.empty(rows_at_most, K, dtype=torch.float32, device=device)
+    else:
+        part = true_lse = share = lse  # unused
+    out = torch.empty(B, T, K, num_blocks, dtype=torch.int32, device=device)
     free = num_blocks - first_blocks - local_blocks if not official else min(S // 2, num_blocks)
     KP = max(next_power_of_two(free), S // chunk if official else 1)
-    forced = () if official else (first_blocks, local_blocks)
-    constants = (D, DP, S, config.tokens, config.blocks, chunk)
+    KP2, GP = next_power_of_two(num_blocks), max(16, next_power_of_two(G))
     for tile, tiles, row, count, seen in plans:
         size = (ceil_div(seen, config.blocks), tiles, K)
         arguments = (
-            q, pooled, lse, score, chunk_max, tile_start, starts, first_block, tile, tiles, row, *q_stride, N, K,
-            width, c, first_blocks, local_blocks, G,
+            q, pooled, lse, score, chunk_max, part, tile_start, starts, first_block, tile, tiles, row, rows_at_most,
+            *q_stride, N, K, width, c, first_blocks, local_blocks, G,
         )  # fmt: skip
-        launch(score_kernel, size, arguments, constants, config.how)
-        chunks = max(4, next_power_of_two(ceil_div(seen, chunk)))
-        launch(
-            select_official_kernel if official else select_kernel,
-            (count, K, 1),
-            (score, chunk_max, out, starts, row, K, width, num_blocks, *forced),
-            (S, chunks, chunk, KP, next_power_of_two(num_blocks)),
-            Launch(min(8, max(1, max(chunks, KP * chunk) // 1024))),
-        )
+        launch(score_kernel, size, arguments, (D, DP, S, config.tokens, config.blocks, chunk, guess), config.how)
+        NCH = max(4, next_power_of_two(ceil_div(seen, chunk)))
+        how, constants = Launch(min(8, max(1, max(NCH, KP * chunk) // 1024))), (NCH, chunk, KP, KP2)
+        if guess:
+            arguments = (
+                q, pooled, lse, part, true_lse, share, tile_start, starts, first_block, tile, row, rows_at_most,
+                *q_stride, N, K, c, G,
+            )  # fmt: skip
+            size = (tiles * (config.tokens // 16), K, 1)
+            launch(normalise_kernel, size, arguments, (D, DP, S, config.tokens, config.blocks, GP), Launch(4))
+            arguments = (
+                q, pooled, true_lse, share, score, chunk_max, out, starts, first_block, row, *q_stride, K, width,
+                num_blocks, c, first_blocks, local_blocks, G,
+            )  # fmt: skip
+            CT = max(64 if D <= 64 else 32, 2 * KP)
+            launch(refine_kernel, (count, K, 1), arguments, (D, DP, S, *constants, GP, CT), how)
+        else:
+            forced = () if official else (first_blocks, local_blocks)
+            arguments = (score, chunk_max, out, starts, row, K, width, num_blocks, *forced)
+            kernel = select_official_kernel if official else select_kernel
+            launch(kernel, (count, K, 1), arguments, (S, *constants), how)
     return out
 
 

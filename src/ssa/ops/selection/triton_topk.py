@@ -1,0 +1,346 @@
+"""Exact top-k of a row of scores in Triton, in two levels: the chunks with the largest maxima, then their scores.
+
+The k best scores lie in the k chunks with the largest maxima (ties: the lower chunk), so a row reads k * CS scores, not
+all of them. Scores are non-negative float32, compared through their bits; ties go to the lower block.
+
+Shapes: n candidates, d/DP head dim (padded to a power of two), g query heads of a group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TINY = tl.constexpr(2.0**-100)  # a score below it may have lost digits
+
+
+@triton.jit
+def _key(score):
+    """Order-preserving integer of a score: the bits of a non-negative float, plus 1 so that 0 means "nothing"."""
+    return tl.maximum(score.to(tl.int32, bitcast=True), 0) + 1
+
+
+@triton.jit
+def _count(key, threshold):
+    return tl.sum((key >= threshold).to(tl.int32))
+
+
+@triton.jit
+def _least(key, highest):
+    """The smallest positive key; ``highest`` if there is none."""
+    return tl.min(tl.where(key > 0, key, highest))
+
+
+@triton.jit
+def _largest(key, need, highest, least):
+    """Mask of the ``need`` largest positive keys, ties to the lower position.
+
+    ``highest`` is the largest key; ``need`` keys, or all positive ones, reach ``least``. Searches the largest threshold
+    that ``need`` keys reach, bit by bit from the highest in which the two differ, until exactly ``need`` keys reach it
+    or all bits are known.
+    """
+    differ = highest ^ least
+    shift = tl.where(differ > 0, (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)  # may be 1 too many
+    threshold = tl.where(shift < 31, (highest >> shift) << shift, 0)
+    count = _count(key, tl.maximum(threshold, 1))
+    while (shift > 0) & (count != need):
+        shift -= 1
+        higher = threshold + (1 << shift)
+        n = _count(key, higher)
+        enough = n >= need
+        threshold = tl.where(enough, higher, threshold)
+        count = tl.where(enough, n, count)
+    above = key > threshold
+    equal = (key == threshold) & (key > 0)
+    rank = tl.cumsum(equal.to(tl.int32)) - 1
+    return above | (equal & (rank < need - tl.sum(above.to(tl.int32))))
+
+
+@triton.jit
+def _best_of_chunks(
+    score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
+):
+    """Blocks ``[KP * CS]`` in ``[lo, hi)``, their keys, and the mask of the ``need`` best (``need <= KP``).
+
+    ``scratch`` has at least ``need`` integers that nobody else uses; it carries the chosen chunks across lanes.
+    """
+    first = lo // CS
+    chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
+    j = tl.arange(0, NCH)
+    largest = tl.load(chunk_max_ptr + first + j, mask=j < chunks, other=0)
+    highest = tl.max(largest)
+    chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
+    reached = _least(tl.where(chosen, largest, 0), highest)  # by one block of every chosen chunk
+    tl.store(scratch + tl.cumsum(chosen.to(tl.int32)) - 1, first + j, mask=chosen)
+    tl.debug_barrier()
+    e = tl.arange(0, KP * CS)
+    listed = e // CS < tl.sum(chosen.to(tl.int32))
+    block = tl.load(scratch + e // CS, mask=listed, other=0) * CS + e % CS
+    valid = listed & (block >= lo) & (block < hi)
+    key = tl.where(valid, _key(tl.load(score_ptr + block, mask=valid, other=0.0)), 0)
+    tl.debug_barrier()
+    least = tl.where(chunks >= need, reached, tl.minimum(highest, 1))
+    return block, key, _largest(key, tl.minimum(tl.maximum(hi - lo, 0), need), highest, least)
+
+
+@triton.jit
+def _emit(out, forced_first, block, taken, own, local_blocks, k, KP2: tl.constexpr):
+    """Write ``0..forced_first-1``, the taken blocks, the local blocks up to the own one, then -1: ascending."""
+    count = tl.sum(taken.to(tl.int32))
+    slot = tl.arange(0, KP2)
+    local = tl.minimum(own + 1 - forced_first, local_blocks)
+    begin = forced_first + count
+    fixed = tl.where(slot < forced_first, slot, tl.where(slot < begin + local, own + 1 - local + slot - begin, -1))
+    tl.store(out + slot, fixed, mask=(slot < k) & ((slot < forced_first) | (slot >= begin)))
+    tl.store(out + forced_first + tl.cumsum(taken.to(tl.int32)) - 1, block, mask=taken)
+
+
+@triton.jit(do_not_specialize=["slab_row0", "k", "first_blocks", "local_blocks"])
+def select_kernel(
+    score_ptr,  # [tokens of the slab, K, NC]
+    chunk_max_ptr,  # [tokens of the slab, K, NC / CS]
+    indices_ptr,  # [N, K, k] int32
+    starts_ptr,
+    slab_row0,
+    K,
+    NC,
+    k,
+    first_blocks,
+    local_blocks,
+    S: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+):
+    """Exact top-k of one row: forced blocks, then the best of the candidates between them."""
+    kv_head = tl.program_id(1)
+    slab_row = (tl.program_id(0).to(tl.int64) * K + kv_head) * NC
+    row = slab_row0 + tl.program_id(0)
+    own = (row - tl.load(starts_ptr + row).to(tl.int32)) // S
+    out = indices_ptr + (row.to(tl.int64) * K + kv_head) * k
+    forced_first = tl.minimum(first_blocks, own + 1)
+    lo, hi = first_blocks, own + 1 - local_blocks
+    block, _, taken = _best_of_chunks(
+        score_ptr + slab_row, chunk_max_ptr + slab_row // CS, out, lo, hi, k - first_blocks - local_blocks, NCH, CS, KP
+    )
+    _emit(out, forced_first, block, taken, own, local_blocks, k, KP2)
+
+
+@triton.jit
+def _score_of(key):
+    """The score behind a key."""
+    return tl.maximum(key - 1, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _list_candidates(
+    score_row, chunk_row, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
+):
+    """Write the blocks in ``[lo, hi)`` whose key reaches ``threshold`` over the row's scores, ascending; their number.
+
+    The list of chunks that hold one goes over the row's chunk maxima. Both lists stay behind what is still to be read.
+    """
+    first = lo // CS
+    chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
+    j = tl.arange(0, NCH)
+    largest = tl.load(chunk_row + first + j, mask=j < chunks, other=0)
+    holds = (largest >= threshold) & (j < chunks)
+    tl.debug_barrier()
+    tl.store(chunk_row + tl.cumsum(holds.to(tl.int32)) - 1, first + j, mask=holds)
+    tl.debug_barrier()
+    listed, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
+    e = tl.arange(0, KP * CS)
+    for i in range(0, listed, KP):
+        slot = i + e // CS
+        block = tl.load(chunk_row + slot, mask=slot < listed, other=0) * CS + e % CS
+        valid = (slot < listed) & (block >= lo) & (block < hi)
+        reaches = valid & (_key(tl.load(score_row + block, mask=valid, other=0.0)) >= threshold)
+        tl.debug_barrier()
+        place = score_row.to(tl.pointer_type(tl.int32)) + found + tl.cumsum(reaches.to(tl.int32)) - 1
+        tl.store(place, block, mask=reaches)
+        found += tl.sum(reaches.to(tl.int32))
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def _best_of_list(
+    listed_ptr,
+    found,
+    out,
+    need,
+    q_gd,
+    lse_g,
+    keys,
+    stride,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CT: tl.constexpr,
+):
+    """Write the ``need`` of the ``found`` listed blocks with the best true scores to ``out``, ascending; their number.
+
+    Takes CT blocks at a time: the best so far, then as many new ones as fit; ``need < CT``.
+    """
+    e, d = tl.arange(0, CT), tl.arange(0, DP)
+    taken, kept = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    while taken < found:
+        size = kept + tl.minimum(CT - kept, found - taken)
+        block = tl.load(out + e, mask=e < kept, other=0)
+        block += tl.load(listed_ptr + taken + e - kept, mask=(e >= kept) & (e < size), other=0)
+        k_nd = tl.load(
+            keys + block.to(tl.int64)[:, None] * stride + d[None, :],
+            mask=(e < size)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
+        key = tl.where(e < size, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
+        highest = tl.max(key)
+        best = _largest(key, tl.minimum(size, need), highest, tl.minimum(highest, 1))
+        tl.debug_barrier()
+        tl.store(out + tl.cumsum(best.to(tl.int32)) - 1, block, mask=best)
+        tl.debug_barrier()
+        taken += size - kept
+        kept = tl.sum(best.to(tl.int32))
+    return kept
+
+
+@triton.jit(do_not_specialize=["slab_row0", "k", "first_blocks", "local_blocks"])
+def refine_kernel(
+    q_ptr,  # [N, H, D]
+    pooled_ptr,  # [blocks, K, D]
+    lse_ptr,  # [tokens of the slab, H]: true L
+    share_ptr,  # [tokens of the slab, K]: see `normalise_kernel`
+    score_ptr,  # [tokens of the slab, K, NC]: scores under a guess of L; overwritten
+    chunk_max_ptr,  # [tokens of the slab, K, NC / CS]; overwritten
+    indices_ptr,  # [N, K, k] int32
+    starts_ptr,
+    first_block_ptr,
+    slab_row0,
+    q_row,
+    q_head,
+    K,
+    NC,
+    k,
+    c,
+    first_blocks,
+    local_blocks,
+    G,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+    GP: tl.constexpr,
+    CT: tl.constexpr,
+):
+    """Exact top-k of one row from scores under a guess: those that may be among the best are scored again."""
+    kv_head, slab_row = tl.program_id(1), tl.program_id(0).to(tl.int64) * K + tl.program_id(1)
+    row = slab_row0 + tl.program_id(0)
+    own = (row - tl.load(starts_ptr + row).to(tl.int32)) // S
+    out = indices_ptr + (row.to(tl.int64) * K + kv_head) * k
+    score_row, chunk_row = score_ptr + slab_row * NC, chunk_max_ptr + slab_row * NC // CS
+    forced_first = tl.minimum(first_blocks, own + 1)
+    lo, hi, need = first_blocks, own + 1 - local_blocks, k - first_blocks - local_blocks
+    block, key, taken = _best_of_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
+    tl.debug_barrier()
+    if (hi - lo <= need) | (need == 0):
+        _emit(out, forced_first, block, taken, own, local_blocks, k, KP2)
+    else:
+        score, share = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF)), tl.load(share_ptr + slab_row)
+        threshold = _key(tl.where((share > 0) & (score > TINY), score * share, 0.0))
+        found = _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH, CS, KP)
+        g, d, slot = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, KP)
+        head = kv_head * G + g
+        q_gd = tl.load(
+            q_ptr + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :],
+            mask=(g < G)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        lse_g = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * K * G + head, mask=g < G, other=float("inf"))
+        keys = pooled_ptr + (tl.load(first_block_ptr + row).to(tl.int64) * K + kv_head) * D
+        listed = score_row.to(tl.pointer_type(tl.int32))
+        kept = _best_of_list(listed, found, out, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
+        block = tl.load(out + slot, mask=slot < kept, other=0)
+        tl.debug_barrier()
+        _emit(out, forced_first, block, slot < kept, own, local_blocks, k, KP2)
+
+
+@triton.jit
+def _emit_official(
+    score_row,
+    chunk_row,
+    out,
+    own,
+    k,
+    S: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+):
+    """Top-k under the published merge: of the earlier chunks of S blocks only the S/2 best survive, and of the newest
+    S/2 with the own block; a query whose blocks fit in one chunk of S sees no merge. Needs k <= S <= KP * CS."""
+    newest = own // S * S
+    need_old = tl.where(newest > 0, S // 2, 0)
+    scratch = tl.minimum(
+        need_old, k
+    )  # k slots of scratch: more chunks than k cannot hold a survivor of the final top-k
+    old, old_key, old_kept = _best_of_chunks(score_row, chunk_row, out, 0, newest, scratch, NCH, CS, KP)
+    j = tl.arange(0, S)
+    new = newest + j
+    new_key = tl.where(new < own, _key(tl.load(score_row + new, mask=new < own, other=0.0)), 0)
+    highest = tl.max(new_key)
+    room = tl.minimum(own - newest, tl.where(newest > 0, S // 2 - 1, S))
+    new_kept = _largest(new_key, room, highest, _least(new_key, highest))
+    old_key = tl.where(old_kept, old_key, 0)
+    new_key = tl.where(new_kept, new_key, 0)
+    kept = tl.sum(old_kept.to(tl.int32)) + tl.sum(new_kept.to(tl.int32))
+    need = tl.minimum(kept, k - 1)
+    threshold = tl.zeros([], tl.int32)
+    for i in range(31):
+        candidate = threshold | (1 << (30 - i))
+        found = tl.sum((old_key >= candidate).to(tl.int32)) + tl.sum((new_key >= candidate).to(tl.int32))
+        threshold = tl.where(found >= need, candidate, threshold)
+    old_above, new_above = old_key > threshold, new_key > threshold
+    room = need - tl.sum(old_above.to(tl.int32)) - tl.sum(new_above.to(tl.int32))
+    old_equal = (old_key == threshold) & (old_key > 0)
+    new_equal = (new_key == threshold) & (new_key > 0)
+    ties = tl.sum(old_equal.to(tl.int32))
+    old_taken = old_above | (old_equal & (tl.cumsum(old_equal.to(tl.int32)) - 1 < room))
+    new_taken = new_above | (new_equal & (tl.cumsum(new_equal.to(tl.int32)) - 1 + ties < room))
+    tl.debug_barrier()
+    count = tl.sum(old_taken.to(tl.int32))
+    total = count + tl.sum(new_taken.to(tl.int32))
+    slot = tl.arange(0, KP2)
+    tl.store(out + slot, tl.where(slot == total, own, -1), mask=(slot < k) & (slot >= total))
+    tl.store(out + tl.cumsum(old_taken.to(tl.int32)) - 1, old, mask=old_taken)
+    tl.store(out + count + tl.cumsum(new_taken.to(tl.int32)) - 1, new, mask=new_taken)
+
+
+@triton.jit(do_not_specialize=["slab_row0", "k"])
+def select_official_kernel(
+    score_ptr,
+    chunk_max_ptr,
+    indices_ptr,
+    starts_ptr,
+    slab_row0,
+    K,
+    NC,
+    k,
+    S: tl.constexpr,
+    NCH: tl.constexpr,
+    CS: tl.constexpr,
+    KP: tl.constexpr,
+    KP2: tl.constexpr,
+):
+    """One row of :func:`_emit_official`."""
+    kv_head = tl.program_id(1)
+    slab_row = (tl.program_id(0).to(tl.int64) * K + kv_head) * NC
+    row = slab_row0 + tl.program_id(0)
+    own = (row - tl.load(starts_ptr + row).to(tl.int32)) // S
+    out = indices_ptr + (row.to(tl.int64) * K + kv_head) * k
+    _emit_official(score_ptr + slab_row, chunk_max_ptr + slab_row // CS, out, own, k, S, NCH, CS, KP, KP2)
