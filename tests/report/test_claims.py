@@ -10,6 +10,8 @@ from ssa.report import claims_markdown, read_study, write_study
 from ssa.report.claims import Verdict, all_claims, judge, judge_equal, together
 from ssa.report.findings import all_tables
 from ssa.report.intervals import Interval, interval, paired
+from ssa.report.own_claims import own_claims
+from ssa.report.study_text import effort
 
 NOT_THERE = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -151,6 +153,48 @@ def test_the_other_order_is_refuted(tmp_path, add):
         add("full", seed)
         add("moba", seed)
     assert verdicts(read_study(tmp_path))["AttnSparsity, full inference: SSA > FullAttn > MoBA"] is Verdict.REFUTED
+
+
+def test_a_fraction_is_no_worse_only_if_the_whole_interval_says_so(tmp_path, add):
+    def worse(factor):
+        return lambda document: [run.update(perplexity=run["perplexity"] * factor) for run in document["runs"]]
+
+    for seed in (0, 1, 2):
+        add("ssa", seed)
+        add("sampled-4", seed, "fraction", change=worse(1.004 + 0.001 * seed))
+        add("sampled-8", seed, "fraction", change=worse(1.0 + 0.02 * seed))
+        add("sampled-16", seed, "fraction", change=worse(1.05))
+    found = {c.subject: c for c in own_claims(read_study(tmp_path))}
+    verdicts = [found[f"SSA aligned on {x} of the queries"].verdict for x in ("1/4", "1/8", "1/16")]
+    assert verdicts == [Verdict.REPRODUCED, Verdict.UNRESOLVED, Verdict.REFUTED]
+    assert found["SSA aligned on 1/16 of the queries"].differences[0].startswith("full: +5.0 % [")
+    assert found["Exact top-k instead of the published merge, same weights"].verdict is Verdict.REPRODUCED
+
+
+def test_calls_say_what_the_study_cost(study, tmp_path):
+    assert "GPU minutes" not in effort(study)
+    call = {"began": "2026-01-01T00:00:00+00:00", "seconds": 90.0, "gpus": 2, "workers": 6, "pieces": 14}
+    (tmp_path / "calls.jsonl").write_text(f"{json.dumps(call)}\n{json.dumps({**call, 'pieces': 0, 'seconds': 30.0})}\n")
+    assert "in 6 processes on 2 GPUs: 4.0 GPU minutes (1 pieces failed" in effort(read_study(tmp_path))
+    (tmp_path / "calls.jsonl").write_text("nonsense\n")
+    with pytest.raises(DataError, match=r"calls\.jsonl:1"):
+        read_study(tmp_path)
+
+
+def test_the_summary_goes_between_its_marks(study, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- claims -->\nold\n<!-- /claims -->\nrest\n")
+    for _ in range(2):
+        write_study(study, tmp_path / "out", summary=readme)
+    text = readme.read_text()
+    assert text.startswith("# Title\n<!-- claims -->\nLanguage models were trained")
+    assert text.endswith("|\n<!-- /claims -->\nrest\n")
+    assert "\nold\n" not in text
+    assert "| AttnSparsity, full inference: SSA > FullAttn > MoBA |" in text
+    readme.write_text("# Title\n")
+    with pytest.raises(ConfigError, match="no place for the claims"):
+        write_study(study, tmp_path / "other", summary=readme)
+    assert not (tmp_path / "other").exists()
 
 
 def test_tables(study):

@@ -35,6 +35,9 @@ def reproduce(
     brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no report")] = False,
     report: Annotated[bool, arg(help="train nothing: write the report of what is there")] = False,
     claims: Annotated[Path | None, arg(help="also write the claims table to this Markdown file")] = None,
+    summary: Annotated[
+        Path | None, arg(help="also put a short one between <!-- claims --> and <!-- /claims -->")
+    ] = None,
 ) -> int:
     """Train FullAttn, MoBA, NSA and SSA on the same tokens with several seeds, then SSA with the alignment on a
     fraction of the queries, then ablations; evaluate each; write report.html and claims.md with a verdict for every
@@ -58,7 +61,7 @@ def reproduce(
     from ssa.report import read_study, render_claims, write_study
 
     study = read_study(out)
-    for path in write_study(study, out, claims):
+    for path in write_study(study, out, claims, summary):
         console.print(f"written to {path}", markup=False)
     console.print(render_claims(study))
     console.print(f"{time.time() - began:.0f} s in all")

@@ -10,9 +10,8 @@ from typing import NamedTuple
 from ssa.report import formats, measures
 from ssa.report.claims import label, relative_percent, shown, signed
 from ssa.report.intervals import interval, paired
+from ssa.report.own_claims import FRACTIONS
 from ssa.report.study import Measure, Study
-
-FRACTIONS = {"ssa": "1 (exact)", "sampled-4": "1/4", "sampled-8": "1/8", "sampled-16": "1/16"}
 
 
 @dataclass(frozen=True)

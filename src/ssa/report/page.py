@@ -15,6 +15,7 @@ from ssa.report import formats
 from ssa.report.checks import Verdict, run_checks
 from ssa.report.claims import all_claims
 from ssa.report.findings import all_tables
+from ssa.report.own_claims import own_claims, verdict_text
 from ssa.report.results import EVALUATION_SCHEMA, MAJOR, METRICS_SCHEMA
 from ssa.report.runs import METHODS, Group
 from ssa.report.study import Study
@@ -57,6 +58,8 @@ def render_page(groups: Sequence[Group], figures: Sequence[Figure], study: Study
         outcome=study_outcome(claims) if study else outcome(checks) if evaluations else "",
         effort=effort(study) if study else "",
         claims=claims,
+        own=own_claims(study) if study else [],
+        own_verdict=verdict_text,
         claim_verdicts=CLAIM_VERDICTS,
         rule=RULE.replace("*", "") if study else "",
         tables=all_tables(study) if study else [],

@@ -41,10 +41,22 @@ class PieceResult:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of ``ssa reproduce``: when it began, how long it took, on how many GPUs and processes."""
+
+    began: str
+    seconds: float
+    gpus: int
+    workers: int
+    pieces: int
+
+
+@dataclass(frozen=True)
 class Study:
-    """All pieces in a folder."""
+    """All pieces in a folder, and the calls that made them."""
 
     pieces: tuple[PieceResult, ...]
+    calls: tuple[Call, ...] = ()
 
     def of(self, variant: str) -> list[PieceResult]:
         """The pieces of a variant, by seed; failed ones are no result."""
@@ -72,6 +84,11 @@ class Study:
         """Wall time of all pieces together."""
         return math.fsum(piece.train_seconds + piece.evaluate_seconds for piece in self.pieces)
 
+    @property
+    def gpu_seconds(self) -> float:
+        """Wall time of all calls times their GPUs, whatever those were busy with."""
+        return math.fsum(call.seconds * call.gpus for call in self.calls)
+
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorting key: alpha-5 before alpha-40, and p-025 between p-0 and p-075."""
@@ -88,7 +105,17 @@ def read_study(folder: Path) -> Study:
     files = sorted((folder / "pieces").glob("*/piece.json"))
     if not files:
         raise ConfigError(str(folder), "no finished piece", "a folder of `ssa reproduce`", "ssa reproduce --data DATA")
-    return Study(tuple(_read_piece(file) for file in files))
+    return Study(tuple(_read_piece(file) for file in files), tuple(_read_calls(folder / "calls.jsonl")))
+
+
+def _read_calls(file: Path) -> list[Call]:
+    """The calls, oldest first; none where the file is not there."""
+    found = []
+    for number, line in enumerate(read_text(file).splitlines() if file.is_file() else (), 1):
+        fields = Fields(parse_json(line, f"{file}:{number}"), f"{file}:{number}")
+        counts = (fields.count(name) for name in ("gpus", "workers", "pieces"))
+        found.append(Call(fields.text("began"), fields.number("seconds"), *counts))
+    return found
 
 
 def _read_piece(file: Path) -> PieceResult:

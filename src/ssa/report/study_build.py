@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssa.report.build import require, write_file
+from ssa.report.fields import read_text
 from ssa.report.study import Study
-from ssa.report.study_text import claims_markdown
+from ssa.report.study_text import claims_markdown, put_summary
 
 
-def write_study(study: Study, out: Path, claims: Path | None = None) -> list[Path]:
-    """Write ``report.html`` and ``claims.md`` into ``out``, and the claims to a second file if named.
+def write_study(study: Study, out: Path, claims: Path | None = None, summary: Path | None = None) -> list[Path]:
+    """Write ``report.html`` and ``claims.md`` into ``out``.
+
+    Args:
+        claims: a second place for the claims.
+        summary: a Markdown file that has a place for a short table of them, see :func:`put_summary`.
 
     Returns:
         The files written.
     """
+    if summary is not None:
+        put_summary(read_text(summary), study, str(summary))  # refused before anything is written
     require("matplotlib", "jinja2")
     from ssa.report.page import render_page
     from ssa.report.plots import all_figures
@@ -28,6 +35,9 @@ def write_study(study: Study, out: Path, claims: Path | None = None) -> list[Pat
     for path in (out / "claims.md", *([claims] if claims else [])):
         write_file(path, text)
         written.append(path)
+    if summary is not None:
+        write_file(summary, put_summary(read_text(summary), study, str(summary)).encode("utf-8"))
+        written.append(summary)
     for figure in figures:
         write_file(out / "figures" / f"{figure.name}.png", figure.png)
     return written

@@ -8,9 +8,11 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ssa.errors import ConfigError
 from ssa.report import formats
 from ssa.report.claims import EQUAL_PERCENT, Claim, Verdict, all_claims
 from ssa.report.findings import Table, all_tables, core_table
+from ssa.report.own_claims import own_claims, verdict_text
 from ssa.report.study import Study
 from ssa.report.wording import data_line, distinct, machine_line, statement
 
@@ -31,24 +33,58 @@ def outcome(claims: Sequence[Claim]) -> str:
 
 
 def effort(study: Study) -> str:
-    """How many models, and how long they took."""
+    """How many models, and what they took."""
     done = [piece for piece in study.pieces if piece.status != "failed"]
     variants = len({piece.variant for piece in done})
-    text = f"{len(done)} models in {variants} variants, {study.seconds / 60:.1f} minutes of training and evaluation"
+    text = f"{len(done)} models in {variants} variants, {study.seconds / 60:.0f} minutes of training and evaluation"
+    if calls := [call for call in study.calls if call.pieces]:
+        gpus, processes = max(call.gpus for call in calls), max(call.workers for call in calls)
+        text += f" in {processes} processes"
+        text += f" on {gpus} GPU{'s' * (gpus > 1)}: {study.gpu_seconds / 60:.1f} GPU minutes" if gpus else " on a CPU"
     failed = len(study.pieces) - len(done)
     return f"{text} ({failed} pieces failed and are left out)." if failed else f"{text}."
 
 
 def render_claims(study: Study) -> RichTable:
-    """The claims table for the terminal."""
+    """The claims table for the terminal, ours after the paper's."""
     table = RichTable(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, title=outcome(all_claims(study)))
     for name in ("claim", "here", "difference [95 % interval]", "verdict"):
         table.add_column(name, overflow="fold")
-    for claim in all_claims(study):
-        subject = Text(f"{claim.subject}: ").append(claim.claim, "bold")
-        verdict = Text(claim.verdict.value, STYLES[claim.verdict])
-        table.add_row(subject, Text(", ".join(claim.measured)), Text("\n".join(claim.differences)), verdict)
+    for claims, word in ((all_claims(study), value_of), (own_claims(study), verdict_text)):
+        for claim in claims:
+            subject = Text(f"{claim.subject}: ").append(claim.claim, "bold")
+            verdict = Text(word(claim.verdict), STYLES[claim.verdict])
+            table.add_row(subject, Text(", ".join(claim.measured)), Text("\n".join(claim.differences)), verdict)
+        table.add_section()
     return table
+
+
+def value_of(verdict: Verdict) -> str:
+    """Of a claim of the paper."""
+    return verdict.value
+
+
+def claims_summary(study: Study) -> str:
+    """The claims as a short Markdown table: claim, difference, verdict. For a README."""
+    rows = [(f"{c.subject}: {c.claim}", "<br>".join(c.differences), c.verdict.value) for c in all_claims(study)]
+    rows += [
+        (f"{c.subject}: {c.claim}", "<br>".join(c.differences), verdict_text(c.verdict)) for c in own_claims(study)
+    ]
+    head = ("claim", "difference here [95 % interval over seeds]", "verdict")
+    return "\n".join([f"{_escape(statement(study.core))} {effort(study)}", "", *_markdown(head, rows)])
+
+
+def put_summary(text: str, study: Study, where: str) -> str:
+    """``text`` with the summary between the lines ``<!-- claims -->`` and ``<!-- /claims -->``.
+
+    Raises:
+        ConfigError: the two lines are not there once each, in this order.
+    """
+    begin, end = "<!-- claims -->\n", "<!-- /claims -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ConfigError(where, "no place for the claims", f"the lines {begin.strip()} and {end}, in this order")
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    return f"{before}{claims_summary(study)}\n{after}"
 
 
 def claims_markdown(study: Study) -> str:
@@ -57,17 +93,10 @@ def claims_markdown(study: Study) -> str:
     lines = ["# Claims of the paper, measured", ""]
     lines += [f"{_escape(statement(study.core))} {outcome(claims)} {effort(study)}", "", RULE, ""]
     head = ("claim", "paper (1B, 100B tokens)", "here", "difference [95 % interval]", "verdict")
-    rows = [
-        (
-            f"{c.subject}: {c.claim}",
-            c.paper,
-            ", ".join(c.measured),
-            "<br>".join(c.differences),
-            f"**{c.verdict.value}**",
-        )
-        for c in claims
-    ]
-    lines += _markdown(head, rows)
+    lines += _markdown(head, [_row(c, c.verdict.value) for c in claims])
+    if own := own_claims(study):
+        lines += ["", "## What is ours alone", ""]
+        lines += _markdown((head[0], *head[2:]), [_cut(_row(c, verdict_text(c.verdict))) for c in own])
     methods = core_table(study)
     for table in [*([methods] if methods else []), *all_tables(study)]:
         lines += ["", f"## {table.title}", "", table.caption, "", *_table(table)]
@@ -80,6 +109,16 @@ def claims_markdown(study: Study) -> str:
     facts = [*distinct(evaluations, data_line), *distinct(evaluations, machine_line)]
     lines += ["", *(f"- {_escape(line)}" for line in facts), f"- commit {_escape(', '.join(commits) or 'unknown')}"]
     return "\n".join(lines) + "\n"
+
+
+def _row(claim: Claim, verdict: str) -> tuple[str, ...]:
+    differences = "<br>".join(claim.differences)
+    return (f"{claim.subject}: {claim.claim}", claim.paper, ", ".join(claim.measured), differences, f"**{verdict}**")
+
+
+def _cut(row: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the paper's column."""
+    return (row[0], *row[2:])
 
 
 def _table(table: Table) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from ssa.reproduce.piece import Result, read_result
 from ssa.reproduce.plan import SCALES
 from ssa.reproduce.worker import CLAIMS, PIECES, Job, work
 
-JOB, LOGS = "job.json", "logs"
+JOB, LOGS, CALLS = "job.json", "logs", "calls.jsonl"
 POLL_SECONDS = 0.5
 
 
@@ -57,7 +59,7 @@ class Study:
 
     def estimate(self) -> tuple[int, float]:
         """Pieces still to do, and expected seconds: as the finished ones took, else the scale's own estimate."""
-        results = {f"{r.variant}-seed{r.seed}": r for r in self.job.results() if r.is_done}
+        results = {f"{r.variant}-seed{r.seed}": r for r in self.job.done()}
         todo = [piece for piece in self.job.pieces() if piece.name not in results]
         took = [r.train_seconds + r.evaluate_seconds for r in results.values()]
         each = sum(took) / len(took) if took else SCALES[self.job.scale].seconds
@@ -83,6 +85,7 @@ def run_study(study: Study, on_piece: Callable[[Progress], None] = lambda progre
         (out / name).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(folder_lock(out))
+        stack.callback(_record_call, out / CALLS, study, time.time(), len(study.job.done()))
         _check_same(out / JOB, study.job)
         shutil.rmtree(out / CLAIMS, ignore_errors=True)
         (out / CLAIMS).mkdir()
@@ -94,6 +97,19 @@ def run_study(study: Study, on_piece: Callable[[Progress], None] = lambda progre
             _run_workers(study, out, watch)
         watch.look()
     return study.job.results()
+
+
+def _record_call(file: Path, study: Study, began: float, before: int) -> None:
+    """Add what this call cost to the study's record, also if it was stopped."""
+    call = {
+        "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - began, 1),
+        "gpus": study.gpus,
+        "workers": len(study.devices),
+        "pieces": len(study.job.done()) - before,
+    }
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(call) + "\n")
 
 
 def _check_same(file: Path, job: Job) -> None:

@@ -54,6 +54,10 @@ class Job:
         """Results that there are."""
         return [found for piece in self.pieces() if (found := read_result(self.folder(piece)))]
 
+    def done(self) -> list[Result]:
+        """Results of pieces that need not be done again."""
+        return [result for result in self.results() if result.is_done]
+
     def write(self, path: Path) -> None:
         """Write it for the workers."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
