@@ -37,8 +37,9 @@ def nats(value: float) -> str:
 
 
 def signed_percent(value: float) -> str:
-    """A relative difference, with its sign."""
-    return f"{value:+.1f} %".replace("-", "−") if math.isfinite(value) else MISSING
+    """A relative difference, with its sign; below 1 % with two digits after the point."""
+    digits = 1 if abs(value) >= 1 else 2
+    return f"{value:+.{digits}f} %".replace("-", "−") if math.isfinite(value) else MISSING
 
 
 def percent(value: float) -> str:
