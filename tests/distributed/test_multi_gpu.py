@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import multi_gpu
 import multi_gpu_worker
+from multi_gpu_jobs import STEPS, Job, Setting
 
 
 def test_overlapping_spans_count_once_and_exposed_is_what_is_left() -> None:
@@ -26,33 +27,60 @@ def test_overlapping_spans_count_once_and_exposed_is_what_is_left() -> None:
     assert length(union([*nccl, *others])) - length(union(others)) == 3.0 + 1.5
 
 
-def write_run(folder: Path, losses: list[float], stream: str = "full") -> None:
+def write_run(folder: Path, losses: list[float], stream: str = "full", norm: float = 1.0) -> None:
     folder.mkdir(parents=True)
-    steps = [{"event": "step", "step": n, "stream": stream, "loss": x} for n, x in enumerate(losses, 1)]
+    same = {"event": "step", "stream": stream, "gradient_norm": norm}
+    steps = [{**same, "step": n, "loss": x} for n, x in enumerate(losses, 1)]
     text = "".join(json.dumps(record) + "\n" for record in [{"event": "start"}, *steps])
     (folder / "metrics.jsonl").write_text(text + '{"event": "st')  # a line that is being written
 
 
 @pytest.mark.parametrize(
-    ("sharded", "stream", "equal"), [(1.001, "full", True), (1.01, "full", False), (1.001, "sparse", False)]
+    ("sharded", "stream", "norm", "equal"),
+    [(1.001, "full", 1.0, True), (1.01, "full", 1.0, False), (1.001, "sparse", 1.0, False), (1.0, "full", 2.0, False)],
 )
-def test_losses_are_equal_within_a_limit_and_streams_exactly(
-    sharded: float, stream: str, equal: bool, tmp_path: Path
+def test_losses_and_norms_are_equal_within_a_limit_and_streams_exactly(
+    sharded: float, stream: str, norm: float, equal: bool, tmp_path: Path
 ) -> None:
-    setting = multi_gpu.Setting(tmp_path, tmp_path, True, 0.0)
+    setting = Setting(tmp_path, tmp_path, True, 0.0)
     for number in range(3):
-        write_run(tmp_path / "runs" / f"ssa-{number}", [4.0] * multi_gpu.STEPS)
-    write_run(tmp_path / "runs" / "ssa-3", [4.0 * sharded] * multi_gpu.STEPS, stream)
-    found = multi_gpu.compare(setting, "ssa")
+        write_run(tmp_path / "runs" / f"1b-ssa-{number}", [4.0] * STEPS)
+    write_run(tmp_path / "runs" / "1b-ssa-3", [4.0 * sharded] * STEPS, stream, norm)
+    found = multi_gpu.compare(setting, "1b", "ssa")
     assert (found["complete"], found["equal"]) == (True, equal)
-    assert multi_gpu._equal([found]) == float(equal)
+    assert multi_gpu._equal([found]) == (None if equal else 0.0)  # one of six pieces
+    pieces = [found | {"recipe": base, "method": method} for base, method in multi_gpu.PIECES]
+    assert multi_gpu._equal(pieces) == float(equal)
 
 
-def test_a_missing_run_is_not_equal(tmp_path: Path) -> None:
-    setting = multi_gpu.Setting(tmp_path, tmp_path, True, 0.0)
-    assert multi_gpu.compare(setting, "ssa") | {"losses": 0} == {
-        "part": "equality", "method": "ssa", "losses": 0, "complete": False, "equal": False,
-    }  # fmt: skip
+@pytest.mark.parametrize(("end", "equal"), [(0.0, None), (float("inf"), False)], ids=["cut", "failed"])
+def test_a_missing_run_is_not_equal_but_a_cut_one_proves_nothing(
+    end: float, equal: bool | None, tmp_path: Path
+) -> None:
+    found = multi_gpu.compare(Setting(tmp_path, tmp_path, True, end), "1b", "ssa")
+    assert (found["complete"], found["equal"]) == (False, equal)
+
+
+def test_what_was_found_is_written_before_a_part_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(setting: Setting, add: multi_gpu.Add) -> None:
+        add({"part": "resume", "processes": 2, "equal": True, "apart": 0.0})
+        assert len(json.loads((tmp_path / "multi-gpu.json").read_text())["cases"]) == 1
+        raise ValueError("no such file")
+
+    monkeypatch.setitem(multi_gpu.PARTS, "resuming", breaks)
+    setting = Setting(tmp_path, tmp_path, True, float("inf"))
+    report = multi_gpu.Report(setting, {"suite": "multi-gpu"})
+    multi_gpu.run_parts(setting, ["resuming"], report.add)
+    assert [r["equal"] for r in report.records] == [True, False]
+
+
+def test_a_stopped_job_leaves_no_process(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, tmp_path, True, float("inf"))
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    job = Job(setting, "stubborn", [([sys.executable, "-c", stubborn], {})])
+    setting.stop()
+    assert not job.runs
+    assert not job.wait(1.0)
 
 
 def test_scaling_is_tokens_per_second_over_one_process() -> None:
