@@ -18,7 +18,7 @@ from many import train_on
 from tiny_runs import KILLED, checkpoints, metrics, results, same_bits, tiny
 
 from ssa.errors import DataSourceError
-from ssa.train import checkpoint, loop
+from ssa.train import checkpoint, lifeline, loop
 from ssa.train.faults import VARIABLE
 from ssa.train.recipe_file import dump_recipe
 
@@ -175,6 +175,25 @@ def test_a_killed_rank_ends_all_and_the_run_resumes(point: str, rank: int, data:
     assert train_on(2, data, whole, training__checkpoint_every=2, **RECIPE) == [0, 0]
     assert same_bits(run, whole, 8)
     assert results(run) == results(whole)
+
+
+def test_a_rank_that_waits_for_its_device_ends_when_another_is_killed(data: Path, tmp_path: Path) -> None:
+    def wait(me: int) -> None:
+        original = loop.accumulate_gradients
+        lifeline.GRACE_SECONDS = 1.0
+
+        def waiting(*arguments: Any) -> Any:
+            time.sleep(50)  # as in a collective on a GPU that never ends: no exception comes through
+            return original(*arguments)
+
+        if me == 0:
+            loop.accumulate_gradients = waiting
+
+    run, begin = tmp_path / "run", time.monotonic()
+    codes = train_on(2, data, run, prepare=wait, environs={1: {VARIABLE: "step@1"}}, **RECIPE)
+    assert codes == [7, KILLED], log_of(run)
+    assert time.monotonic() - begin < 40
+    assert "ssa train: rank 0: step 1: got no answer from rank 1 of 2" in log_of(run)
 
 
 def test_a_stopped_rank_is_given_up_and_named(data: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssa import errors
 from ssa.errors import DistributedError, SSAError
+from ssa.train.lifeline import Lifeline
 from ssa.train.world import World
 
 GRACE_SECONDS = 3.0  # for a failing rank to say why, and for the others to say that they are alive
@@ -41,9 +42,16 @@ class Ranks:
 
     def __init__(self, world: World | None = None, store: dist.Store | None = None, timeout: float = 50.0) -> None:
         self.world, self.timeout = world or World(), timedelta(seconds=timeout)
-        self._store, self._patient = store, None
+        self._store, self._patient, self._lifeline = store, None, None
+        self._where: Callable[[], str] = lambda: "start"
         if self.world.size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._lifeline = Lifeline(self.world.rank, self.world.size, lambda e: self._diagnose(self._where(), e))
+
+    def close(self) -> None:
+        """End the run in good order; every rank must have got here."""
+        if self._lifeline is not None:
+            self._lifeline.close()
 
     @property
     def leads(self) -> bool:
@@ -130,6 +138,7 @@ class Ranks:
             SSAError: another rank's error, with its rank before it.
             DistributedError: a rank that is gone, or does not answer.
         """
+        self._where = where
         try:
             yield
         except SSAError as error:
@@ -212,6 +221,7 @@ def open_ranks(world: World, device: torch.device, timeout: float) -> Iterator[R
         where = f"rank {world.rank} of {world.size}"
         raise DistributedError(where, line, "every process to join", "torchrun, with a free port") from error
     yield ranks
+    ranks.close()
     dist.destroy_process_group()  # not after an error: a group with a dead member can hang here
 
 

@@ -1,0 +1,51 @@
+"""Ends a process that waits for a GPU which waits for a dead rank.
+
+A collective on a GPU whose other side is gone never ends. The host notices at its next exchange, unless it waits for
+that very GPU: then no exception reaches it. So a thread of every rank waits for a word from the next rank, through
+gloo, whose connection breaks at once when a process dies. The ranks say that word at the end of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ssa.errors import SSAError
+
+GRACE_SECONDS = 6.0  # for the main thread to end by itself, as it does unless the GPU holds it
+_FOREVER = timedelta(days=365)
+
+
+class Lifeline:
+    """Watches the next of ``size`` ranks; every rank must make one.
+
+    Args:
+        explain: the error of a broken connection, which ends this process with the error's exit code.
+    """
+
+    def __init__(self, rank: int, size: int, explain: Callable[[Exception], SSAError]) -> None:
+        self._rank, self._size, self._explain = rank, size, explain
+        self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._thread = threading.Thread(target=self._listen, name="ssa-lifeline", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            dist.recv(torch.empty(1), (self._rank + 1) % self._size, group=self._group)
+        except RuntimeError as error:  # dist.DistError is one, and gloo raises plain ones
+            found = self._explain(error)
+            time.sleep(GRACE_SECONDS)
+            print(f"ssa train: rank {self._rank}: {found}", file=sys.stderr, flush=True)
+            os._exit(found.exit_code)
+
+    def close(self) -> None:
+        """All ranks are at the end: stop watching."""
+        dist.send(torch.zeros(1), (self._rank - 1) % self._size, group=self._group)
+        self._thread.join()
