@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.decode.triton_choice import choose_kernel
 from ssa.ops.decode.triton_kernels import (
     attend_kernel,
     combine_kernel,
@@ -26,13 +27,17 @@ from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import LOG2E, capability, ceil_div, next_power_of_two
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
+FEW = 16  # budgets up to so many blocks are chosen by choose_kernel, which compares all pairs
+SCORES = 128  # scores of a tile there
+LISTS = 512  # of a row at most, there
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
+CHOOSE_WARPS = 8
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 
 
 class _Selection(NamedTuple):
-    """Launch of the two selection kernels."""
+    """Launch of the selection kernels."""
 
     DP: int
     GP: int
@@ -46,6 +51,9 @@ class _Selection(NamedTuple):
     KP: int
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
+    few: bool  # by choose_kernel
+    run: int  # LT
+    lists: int  # NL
 
 
 class _Attention(NamedTuple):
@@ -82,21 +90,29 @@ def _selection(
 ) -> _Selection:
     DP, GP = max(16, next_power_of_two(D)), next_power_of_two(H // K)
     BN = min(_tile(DP, itemsize, 32), max(32, next_power_of_two(P)))
-    tiles = ceil_div(P, BN)
-    width, official = tiles * BN, spec.rule == "official"
+    official = spec.rule == "official"
+    width = ceil_div(P, SCORES) * SCORES
     chunk = 8 if width <= 512 else 16 if width <= 4096 else 32
     free = spec.num_blocks - spec.first_blocks - spec.local_blocks
-    if official:
-        chunk = min(chunk, spec.block_size)
-        free = min(spec.block_size // 2, spec.num_blocks)
-    KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
-    rows, processors = slab * K, _processors(index)
+    rows, processors, tiles = slab * K, _processors(index), width // BN
     splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
-    parts = max(1, min(tiles, 8 * processors // rows))
-    chunks = max(4, next_power_of_two(width // chunk))
     BK = _tile(DP, itemsize, 16)
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts)
+    # where every program has one tile, ranks cost nothing and short lists of lists do; else the reverse
+    run = SCORES if width // SCORES <= 2 * processors // rows or width // 32 > LISTS else 32
+    few = not official and free < FEW and width // run <= LISTS
+    if few:
+        parts = max(1, min(width // SCORES, 3 * processors // rows))
+        BK, KP = min(FUSED_KEYS, 2 * CHOOSE_WARPS * 4096 // (DP * itemsize)), max(2, next_power_of_two(free + 1))
+    else:
+        parts = max(1, min(tiles, 8 * processors // rows))
+        if official:
+            chunk = min(chunk, spec.block_size)
+            free = min(spec.block_size // 2, spec.num_blocks)
+        KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
+    chunks = max(4, next_power_of_two(width // chunk))
+    lists = max(KP, 16, next_power_of_two(width // run))
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, run, lists)
 
 
 @lru_cache(maxsize=256)
@@ -126,40 +142,47 @@ def _select(
     spec: SparseSpec,
     scale: float,
     attend: bool,
+    update: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks ``[B, N, K, k]``; with ``attend`` also output and lse (else empty tensors)."""
+    """Blocks ``[B, N, K, k]``; with ``attend`` also output and lse instead (else empty tensors)."""
     B, N, H, D = q.shape
     K, P, device = pooled.shape[2], pooled.shape[1], q.device
-    G, c, k_blocks = H // K, scale * LOG2E, spec.num_blocks
+    G, c, S, k_blocks = H // K, scale * LOG2E, spec.block_size, spec.num_blocks
     q, pooled, k, v = _dense(q), _dense(pooled), _dense(k), _dense(v)
     x = _selection(B, N, H, K, D, P, q.element_size(), spec, device.index)
-    indices = torch.empty(B, N, K, k_blocks, dtype=torch.int32, device=device)
+    indices = torch.empty((B, N, K, k_blocks) if not (attend and x.few) else (0,), dtype=torch.int32, device=device)
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
     floats = torch.empty(x.slab * K * (G * x.width + x.splits * 2 * x.GP + x.width), dtype=torch.float32, device=device)
-    maxima = torch.empty(x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
-    given = starts is not None
-    first = lengths if starts is None else starts
-    q_strides, p_strides = q.stride()[:3], pooled.stride()[:3]
-    kv_strides = (*k.stride()[:3], *v.stride()[:3])
-    SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
-    pdl = _dependent(device.index)
+    longs = torch.empty(x.slab * K * (1 + (x.width // x.run * x.KP if x.few else 0)), dtype=torch.int64, device=device)
+    maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
+    given, first = starts is not None, lengths if starts is None else starts
+    q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
+    SP, KP2, pdl = next_power_of_two(x.splits), next_power_of_two(k_blocks), _dependent(device.index)
+    forced = spec.first_blocks, spec.local_blocks
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
-            q, pooled, lengths, first, floats, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *p_strides, c, D, x.DP, spec.block_size, x.GP, x.M, x.BN, given, bool(pdl),
+            q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
+        if x.few:
+            choose_kernel[(rows * K * x.parts,)](
+                q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
+                x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
+                min(x.BK, KP2 * S), SP, x.run, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
+                num_warps=CHOOSE_WARPS, num_stages=2, **pdl,
+            )  # fmt: skip
+            continue
         sum_kernel[(rows * K * x.parts,)](
-            lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, spec.first_blocks,
-            spec.local_blocks, spec.block_size, x.GP, x.BN, SP, x.chunk, given, bool(pdl),
+            lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
+            S, x.GP, x.BN, SP, x.chunk, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         select_kernel[(rows * K,)](
             q, k, v, lengths, first, indices, out, lse, floats, maxima, row0, rows, N, K, G, x.splits, x.width,
-            k_blocks, spec.first_blocks, spec.local_blocks, *q_strides, *kv_strides, c,
-            D, x.DP, spec.block_size, x.GP, x.M, x.BK, x.chunks, x.chunk, x.KP, KP2,
+            k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BK, x.chunks, x.chunk, x.KP, KP2,
             spec.rule == "official", attend, given, bool(pdl),
             num_warps=4, num_stages=2, **pdl,
         )  # fmt: skip

@@ -53,6 +53,17 @@ def _share(tiles, split, splits):
     return first, tl.minimum(first + each, tiles), used
 
 
+@triton.jit
+def _block_mean(rows, first, k_row, d, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
+    """Mean ``[DP]`` of the S cache rows from ``first`` on: the prefill's sum, in its order; float32."""
+    total_d = tl.zeros([DP], tl.float32)
+    for i in range(0, S, 16):
+        for j in tl.static_range(16):  # unrolled, so that the loads do not wait for the additions
+            x_d = tl.load(rows + (first + i + j).to(tl.int64) * k_row + d, mask=d < D, other=0.0)
+            total_d += x_d.to(tl.float32)
+    return tl.div_rn(total_d, tl.full([DP], S, tl.float32))
+
+
 @triton.jit(do_not_specialize=["new"])
 def pool_new_kernel(
     k_ptr,  # [B, C, K, D]
@@ -84,25 +95,39 @@ def pool_new_kernel(
     if block >= length // S:
         return
     d = tl.arange(0, DP)
-    rows = k_ptr + sequence * k_batch + head * k_head + d
-    first = start + block * S
-    total_d = tl.zeros([DP], tl.float32)
-    for i in range(0, S, 16):
-        for j in tl.static_range(16):  # unrolled, so that the loads do not wait for the additions
-            x_d = tl.load(rows + (first + i + j).to(tl.int64) * k_row, mask=d < D, other=0.0)
-            total_d += x_d.to(tl.float32)
-    mean_d = tl.div_rn(total_d, tl.full([DP], S, tl.float32))
+    mean_d = _block_mean(k_ptr + sequence * k_batch + head * k_head, start + block * S, k_row, d, D, DP, S)
     out = pooled_ptr + sequence * p_batch + block.to(tl.int64) * p_row + head * p_head + d
     tl.store(out, mean_d.to(pooled_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _mean_tile(means, n, end, d, p_row, D: tl.constexpr):
+    """Mean keys ``[n, DP]`` of the blocks before ``end``."""
+    inside = (n < end)[:, None] & (d < D)[None, :]
+    return tl.load(
+        means + n.to(tl.int64)[:, None] * p_row + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+    )
+
+
+@triton.jit
+def _score_tile(q_gd, k_nd, logits, g, n, complete, m, l, c, G, NC):
+    """Write a tile's logits; maximum and sum with it."""
+    s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
+    s_gn = tl.where((n < complete)[None, :], s_gn, NOTHING)
+    tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
+    top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a completed block
+    return top, l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC"])
 def score_kernel(
     q_ptr,  # [B, N, H, D]
-    pooled_ptr,  # [B, P, K, D]
+    pooled_ptr,  # [B, P, K, D]; written if UPDATE
+    k_ptr,  # [B, C, K, D]; read if UPDATE
     lengths_ptr,
     starts_ptr,
     float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
+    long_ptr,  # of choose_kernel: counters [rows, K], zeroed
     row0,
     rows,
     N,
@@ -116,6 +141,9 @@ def score_kernel(
     p_batch,
     p_row,
     p_head,
+    k_batch,
+    k_row,
+    k_head,
     c,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -123,44 +151,63 @@ def score_kernel(
     GP: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
+    UPDATE: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Logits of one row's heads over the completed blocks of one split, their maximum and sum."""
+    """Logits of one row's heads over the completed blocks of one split, their maximum and sum.
+
+    UPDATE (N = 1): the block that the new token completed, if it did, has no mean yet; it is made, used and kept.
+    """
     _begin(PDL)
     split = tl.program_id(0) % splits
     pair = tl.program_id(0) // splits
     head = pair % K
     row = row0 + pair // K
-    sequence, _, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    if split == 0:
+        tl.store(long_ptr + pair, 0)
+    sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
     complete = tl.maximum(position + 1, 0) // S
-    first, last, _ = _share(tl.cdiv(complete, BN), split, splits)
+    tiles = tl.cdiv(complete, BN)
+    first, last, _ = _share(tiles, split, splits)
     if first >= last:
         return
     g, d = tl.arange(0, M), tl.arange(0, DP)
     query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
     q_gd = tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
-    keys = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
+    means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
     logits = float_ptr + pair.to(tl.int64) * G * NC
     m = tl.full([M], NOTHING, tl.float32)
     l = tl.zeros([M], tl.float32)
+    if UPDATE:
+        if (last == tiles) & ((position + 1) % S == 0):  # its block is in the last tile
+            last -= 1
+            fresh = complete - 1
+            n = last * BN + tl.arange(0, BN)
+            k_nd = _mean_tile(means, n, fresh, d, p_row, D)
+            keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
+            mean_d = _block_mean(keys, start + fresh * S, k_row, d, D, DP, S).to(pooled_ptr.dtype.element_ty)
+            tl.store(means + fresh.to(tl.int64) * p_row + d, mean_d, mask=d < D)
+            k_nd = tl.where((n == fresh)[:, None], mean_d[None, :], k_nd)
+            m, l = _score_tile(q_gd, k_nd, logits, g, n, complete, m, l, c, G, NC)
     for tile in range(first, last):
         n = tile * BN + tl.arange(0, BN)
-        k_nd = tl.load(
-            keys + n.to(tl.int64)[:, None] * p_row + d[None, :],
-            mask=(n < complete)[:, None] & (d < D)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
-        s_gn = tl.where((n < complete)[None, :], s_gn, NOTHING)
-        tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
-        top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a completed block
-        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
-        m = top
+        m, l = _score_tile(q_gd, _mean_tile(means, n, complete, d, p_row, D), logits, g, n, complete, m, l, c, G, NC)
     partial = float_ptr + rows.to(tl.int64) * K * G * NC + (pair.to(tl.int64) * splits + split) * 2 * GP + g
     tl.store(partial, m, mask=g < GP)
     tl.store(partial + GP, l, mask=g < GP)
+
+
+@triton.jit
+def _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c):
+    """Running maximum, sum and output after a tile of keys."""
+    s_mn = tl.where(seen_mn, tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
+    top = tl.maximum(m, tl.max(s_mn, 1))
+    base = tl.where(top == NOTHING, 0.0, top)
+    p_mn = tl.exp2(s_mn - base[:, None])
+    old = tl.exp2(m - base)
+    o_md = o_md * old[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
+    return top, l * old + tl.sum(p_mn, 1), o_md
 
 
 @triton.jit
@@ -201,15 +248,8 @@ def _attend_span(
         loaded = real[:, None] & (d < D)[None, :]
         k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
         v_nd = tl.load(values + at * v_row + d[None, :], mask=loaded, other=0.0)
-        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c
-        s_mn = tl.where(real[None, :] & (place[None, :] <= position_m[:, None]), s_mn, NOTHING)
-        top = tl.maximum(m, tl.max(s_mn, 1))
-        base = tl.where(top == NOTHING, 0.0, top)
-        p_mn = tl.exp2(s_mn - base[:, None])
-        old = tl.exp2(m - base)
-        l = l * old + tl.sum(p_mn, 1)
-        o_md = o_md * old[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
-        m = top
+        seen_mn = real[None, :] & (place[None, :] <= position_m[:, None])
+        m, l, o_md = _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c)
     seen = l > 0
     o_md = o_md / tl.where(seen, l, 1.0)[:, None]
     return o_md, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
