@@ -147,8 +147,9 @@ def test_a_captured_step_serves_other_lengths(shape: Shape) -> None:
     buffers = Cache(*(t.clone() for t in other))
 
     def step() -> tuple[Tensor, ...]:
-        update_pooled(buffers.pooled, buffers.k, lengths, 1, starts, S)
-        sparse = decode_attention(*buffers, lengths, shape.spec, starts=starts, return_lse=True, backend="triton")
+        sparse = decode_attention(
+            *buffers, lengths, shape.spec, starts=starts, update=True, return_lse=True, backend="triton"
+        )
         return (*sparse, *full_decode_attention(*buffers[:3], lengths, starts=starts, return_lse=True))
 
     side = torch.cuda.Stream()
@@ -165,7 +166,10 @@ def test_a_captured_step_serves_other_lengths(shape: Shape) -> None:
         lengths.copy_(integers(ends))
         starts.copy_(integers(firsts))
         for _ in range(2):  # a replay leaves its workspace fit for the next
+            for b, (end, first) in enumerate(zip(ends, firsts, strict=True)):  # the new token's block has no mean yet
+                buffers.pooled[b, max(end - first - 1, 0) // S :] = NAN
             graph.replay()
+            assert torch.equal(buffers.pooled.nan_to_num(-7.0), values.pooled.nan_to_num(-7.0))
             blocks = select_blocks_cached(values.q, values.pooled, lengths, shape.spec, starts=starts)
             close((captured[0], captured[1]), exact(values, ends, firsts, blocks, S), shape.dtype)
             close((captured[2], captured[3]), exact(values, ends, firsts, None, S), shape.dtype)
@@ -191,6 +195,27 @@ def test_runs_repeat_bit_for_bit() -> None:
     x, lengths = cache(shape, LENGTHS, [0] * 6), integers(LENGTHS)
     runs = [decode_attention(*x, lengths, shape.spec, return_lse=True, backend="triton") for _ in range(50)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 48])  # one tile a program, several, and listing apart from merging
+def test_long_caches_choose_the_references_blocks_every_time(shape: Shape, batch: int) -> None:
+    """Whoever arrives last merges what all have listed: reruns are equal bit for bit, and the blocks are right."""
+    length = 131072 // (1 if batch < 48 else 8)
+    q = torch.randn(batch, 1, shape.H, shape.D, device="cuda", dtype=shape.dtype)
+    k = torch.randn(batch, length, shape.K, shape.D, device="cuda", dtype=shape.dtype)
+    lengths = integers([length - 37 * b for b in range(batch)])
+    pooled = torch.full((batch, length // 16, shape.K, shape.D), NAN, device="cuda", dtype=shape.dtype)
+    update_pooled(pooled, k, lengths, length, None, 16, backend="triton")
+    blocks = select_blocks_cached(q, pooled, lengths, shape.spec, backend="triton")
+    wanted = select_blocks_cached(q, pooled, lengths, shape.spec, backend="reference")
+    assert int((blocks != wanted).any(-1).sum()) <= max(1, batch * shape.K // 50)  # float32 ties
+    runs = [
+        decode_attention(q, k, k, pooled, lengths, shape.spec, return_lse=True, backend="triton") for _ in range(99)
+    ]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+    out, _ = attend_blocks_cached(q, k, k, blocks, 16, lengths, backend="triton")
+    assert float((out - runs[0][0]).abs().max()) < 2e-2
 
 
 def test_a_strided_cache_is_read_in_place() -> None:

@@ -67,6 +67,7 @@ def compare(name: str) -> None:
         for to, backend in zip(empty, both, strict=True):
             update_pooled(to, k, lengths, new, starts, x.spec.block_size, backend=backend)
         assert torch.equal(empty[0].nan_to_num(-7.0), empty[1].nan_to_num(-7.0)), f"pooled, {new} new"
+    updated(x, (q, k, v, pooled, lengths, starts))
     chosen = [select_blocks_cached(q, pooled, lengths, x.spec, starts=starts, backend=b) for b in both]
     assert torch.equal(*chosen), "blocks"
     for results in (
@@ -76,6 +77,20 @@ def compare(name: str) -> None:
     ):
         for mine, reference in zip(*results, strict=True):
             torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+
+
+def updated(x: Case, given: tuple[Tensor, ...]) -> None:
+    """With ``update`` the new tokens' blocks need no mean before: the same output, and the same means after."""
+    q, k, v, pooled, lengths, starts = given
+    lacking = pooled.clone()
+    for row, length in enumerate((lengths - (0 if starts is None else starts)).tolist()):
+        lacking[row, max(length - x.N, 0) // x.spec.block_size :] = float("nan")
+    for backend in ("triton", "reference"):
+        means = lacking.clone()
+        mine = decode_attention(q, k, v, means, lengths, x.spec, starts=starts, update=True, backend=backend)
+        assert torch.equal(means.nan_to_num(-7.0), pooled.nan_to_num(-7.0)), f"means, {backend}"
+        wanted = decode_attention(q, k, v, pooled, lengths, x.spec, starts=starts, backend=backend)
+        torch.testing.assert_close(mine, wanted, atol=1e-6, rtol=1e-6)
 
 
 def slabs() -> None:
@@ -91,9 +106,9 @@ def small_tiles() -> None:
     """Rows of several tiles, shared out over the programs of a small and of a large device."""
     import ssa.ops.decode.triton as launches
 
-    launches.TILE_BYTES, x = 1, CASES["one token, ragged"]
-    for processors in (4, 132):
-        launches._processors = lambda index, n=processors: n
+    launches.TILE_BYTES, launches.SCORES, x = 1, 32, CASES["one token, ragged"]
+    for processors, together in ((4, 8), (132, 8), (4, 0)):  # the last: listing and merging as two launches
+        launches._processors, launches.TOGETHER = lambda index, n=processors: n, together
         launches._selection.cache_clear()
         launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
         assert launch.splits > 1

@@ -8,9 +8,11 @@ time includes the update of the pooled keys.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ from ssa.ops.decode import decode_attention, full_decode_attention, select_block
 CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
+# other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
+DESIGNS: dict[str, dict[str, object]] = {
+    "tiles of 64 scores": {"SCORES": 64},
+    "listing and merging apart": {"TOGETHER": 0},
+    "listing and merging together": {"TOGETHER": 1 << 20},
+    "chunk maxima and bisection": {"FEW": 0},
+    "no dependent launch": {"DEPENDENT_LAUNCH": False},
+}
 
 
 @dataclass(frozen=True)
@@ -116,8 +126,7 @@ def draw(workload: Workload, device: torch.device) -> list[Cache]:
 # ---------------------------------------------------------------------- what is timed
 def sparse(workload: Workload, x: Cache) -> Tensor:
     """Update of the pooled keys, selection, attention."""
-    update_pooled(x.pooled, x.k, x.lengths, 1, None, workload.block_size)
-    return decode_attention(x.q, x.k, x.v, x.pooled, x.lengths, workload.spec)
+    return decode_attention(x.q, x.k, x.v, x.pooled, x.lengths, workload.spec, update=True)
 
 
 def without_update(workload: Workload, x: Cache) -> Tensor:
@@ -138,6 +147,24 @@ def sdpa(backend: SDPBackend, grouped: bool, workload: Workload, x: Cache) -> Te
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=not grouped)
     return out.reshape(x.q.shape)
+
+
+@contextmanager
+def design(constants: dict[str, object]) -> Iterator[None]:
+    """Run with other private constants of the launches."""
+    launches = import_module("ssa.ops.decode.triton")
+    before = {name: getattr(launches, name) for name in constants}
+
+    def put(values: dict[str, object]) -> None:
+        for name, value in values.items():
+            setattr(launches, name, value)
+        launches.forget_launches()
+
+    put(constants)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 Run = Callable[[Workload, Cache], Tensor]
@@ -254,6 +281,10 @@ def run(suite: str, command: str, device: torch.device, say: Callable[[str], Non
         with torch.no_grad():
             for kind, backend, function in operations(device):
                 cases.append(run_case(kind, backend, function, workload, layers))
+                say(one_line(cases[-1]))
+            for name, constants in DESIGNS.items() if device.type == "cuda" else ():
+                with design(constants):
+                    cases.append(run_case(f"sparse, {name}", "ssa", sparse, workload, layers))
                 say(one_line(cases[-1]))
         del layers
         if device.type == "cuda":

@@ -65,8 +65,8 @@ class BlockLayer(CacheLayerMixin):
         rows = x.shape[1] if self.positions.capacity is not None else self.positions.length
         return x[:, :rows].transpose(1, 2)
 
-    def pooled(self) -> tuple[Tensor, ...]:
-        """Block means of the keys, and of the values if the cache keeps them, brought up to date."""
+    def pooled(self, up_to_date: bool = True) -> tuple[Tensor, ...]:
+        """Block means of the keys, and of the values if the cache keeps them, brought up to date unless told not to."""
         place = self.positions
         assert self.k is not None
         assert self.v is not None
@@ -77,11 +77,15 @@ class BlockLayer(CacheLayerMixin):
                 x.new_empty(x.shape[0], blocks, *x.shape[2:])
                 for x in ((self.k, self.v) if self.mean_values else (self.k,))
             )
-        if (new := place.length - self.pooled_rows) > 0:
+        if up_to_date and (new := place.length - self.pooled_rows) > 0:
             for mean, x in zip(self._means, (self.k, self.v), strict=False):
                 update_pooled(mean, x, place.lengths, new, place.starts, self.block_size)
             self.pooled_rows = place.length
         return self._means
+
+    def lacks(self, new: int) -> bool:
+        """Whether the block means are those before the ``new`` newest tokens, so that decoding may add theirs."""
+        return len(self._means) == 1 and self.positions.length - self.pooled_rows == new
 
     def bounds(self) -> BlockBounds:
         """Bounds of every block's keys, for certified budgets, brought up to date."""

@@ -107,10 +107,14 @@ def attend(q: Tensor, cache: BlockCache, layer: int, main: str, spec: SparseSpec
     k, v, lengths, starts = _parts(held)
     if main == "full":
         return full_decode_attention(q, k, v, lengths, starts=starts)
-    pooled = held.pooled()[0]
+    plain = cache.mass is None and not heads
+    update = plain and held.lacks(q.shape[1])  # this call makes the new tokens' means too: a launch less
+    pooled = held.pooled(up_to_date=not update)[0]
     bounds = held.bounds() if spec.max_dropped_mass is not None and spec.flavour == "certified" else None
-    if cache.mass is None and not heads:
-        return decode_attention(q, k, v, pooled, lengths, spec, starts=starts, bounds=bounds)
+    if plain:
+        out = decode_attention(q, k, v, pooled, lengths, spec, starts=starts, bounds=bounds, update=update)
+        held.pooled_rows = held.positions.length
+        return out
     if heads:
         indices = by_head(
             lambda q, mean, part: select_blocks_cached(q, mean, lengths, part, starts=starts), q, pooled, spec, heads

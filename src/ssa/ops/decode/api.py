@@ -169,6 +169,7 @@ def decode_attention(
     starts: Tensor | None = None,
     scale: float | None = None,
     bounds: BlockBounds | None = None,
+    update: bool = False,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -184,6 +185,7 @@ def decode_attention(
     starts: Tensor | None = None,
     scale: float | None = None,
     bounds: BlockBounds | None = None,
+    update: bool = False,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -199,6 +201,7 @@ def decode_attention(
     starts: Tensor | None = None,
     scale: float | None = None,
     bounds: BlockBounds | None = None,
+    update: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -215,6 +218,8 @@ def decode_attention(
         spec: block size, budget, rule.
         scale: logit scale, default ``D ** -0.5``.
         bounds: with a certified ``spec.max_dropped_mass`` only, see :func:`ssa.ops.budget.api.update_block_bounds`.
+        update: ``pooled`` lacks the blocks that these N tokens completed; write them as :func:`update_pooled` does. For
+            one new token kernels do both in one launch.
         return_lse: also return the log-sum-exp (natural log) of the scaled logits.
         backend: ``"auto"`` or a name that :func:`ssa.ops.explain` lists.
 
@@ -231,13 +236,15 @@ def decode_attention(
     _check_lengths(where, q, lengths, starts, k.shape[1])
     _check_blocks(where, pooled, k, spec.block_size)
     if spec.max_dropped_mass is not None:
+        if update:
+            update_pooled(pooled, k, lengths, q.shape[1], starts, spec.block_size)
         indices = select_blocks_cached(q, pooled, lengths, spec, starts=starts, scale=scale, k=k, bounds=bounds)
         out, lse = attend_blocks_cached(
             q, k, v, indices, spec.block_size, lengths, starts=starts, scale=scale, backend=backend
         )
         return (out, lse) if return_lse else out
     implementation = choose(where, _request(q, k, spec), backend)
-    out, lse = implementation(q, k, v, pooled, lengths, starts, spec, resolve_scale(where, q, scale))
+    out, lse = implementation(q, k, v, pooled, lengths, starts, spec, resolve_scale(where, q, scale), update)
     return (out, lse) if return_lse else out
 
 

@@ -90,8 +90,11 @@ def decode_attention(
     starts: Tensor | None,
     spec: SparseSpec,
     scale: float,
+    update: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssa.ops.decode.decode_attention`; returns output and log-sum-exp."""
+    if update:
+        update_pooled(pooled, k, lengths, q.shape[1], starts, spec.block_size)
     indices = select_blocks_cached(q, pooled, lengths, starts, spec, scale)
     return attend_blocks_cached(q, k, v, indices, spec.block_size, lengths, starts, scale)
 

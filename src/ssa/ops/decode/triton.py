@@ -32,7 +32,8 @@ SCORES = 128  # scores of a tile there
 LISTS = 512  # of a row at most, there
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
-CHOOSE_WARPS = 8
+CHOOSE_BYTES = 32768  # of a tile of keys there, kept in registers
+TOGETHER = 8  # tiles per processor up to which listing and merging are one launch
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 
 
@@ -52,7 +53,7 @@ class _Selection(NamedTuple):
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
     few: bool  # by choose_kernel
-    run: int  # LT
+    together: bool  # lists and merges in one launch
     lists: int  # NL
 
 
@@ -97,22 +98,20 @@ def _selection(
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
     rows, processors, tiles = slab * K, _processors(index), width // BN
     splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
-    BK = _tile(DP, itemsize, 16)
-    # where every program has one tile, ranks cost nothing and short lists of lists do; else the reverse
-    run = SCORES if width // SCORES <= 2 * processors // rows or width // 32 > LISTS else 32
-    few = not official and free < FEW and width // run <= LISTS
+    scored = width // SCORES  # tiles
+    few, together = not official and free < FEW and scored <= LISTS, scored * rows <= TOGETHER * processors
     if few:
-        parts = max(1, min(width // SCORES, 3 * processors // rows))
-        BK, KP = min(FUSED_KEYS, 2 * CHOOSE_WARPS * 4096 // (DP * itemsize)), max(2, next_power_of_two(free + 1))
+        parts = max(1, min(scored, (2 if together else 6) * processors // rows))
+        BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
     else:
-        parts = max(1, min(tiles, 8 * processors // rows))
+        BK, parts = _tile(DP, itemsize, 16), max(1, min(tiles, 8 * processors // rows))
         if official:
             chunk = min(chunk, spec.block_size)
             free = min(spec.block_size // 2, spec.num_blocks)
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
-    lists = max(KP, 16, next_power_of_two(width // run))
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, run, lists)
+    lists = max(KP, 16, next_power_of_two(scored))
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, together, lists)
 
 
 @lru_cache(maxsize=256)
@@ -126,6 +125,12 @@ def _attention(
     least = FUSED_KEYS if listed else BN  # keys worth a second launch
     splits = max(1, min(ceil_div(keys, least), 2 * _processors(index) // groups, 512))
     return _Attention(DP, GP, max(16, TT * GP), TT, BN, splits)
+
+
+def forget_launches() -> None:
+    """The constants of this module have changed."""
+    for remembered in (_dependent, _selection, _attention):
+        remembered.cache_clear()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ def _select(
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
     floats = torch.empty(x.slab * K * (G * x.width + x.splits * 2 * x.GP + x.width), dtype=torch.float32, device=device)
-    longs = torch.empty(x.slab * K * (1 + (x.width // x.run * x.KP if x.few else 0)), dtype=torch.int64, device=device)
+    longs = torch.empty(x.slab * K * (1 + (x.width // SCORES * x.KP if x.few else 0)), dtype=torch.int64, device=device)
     maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given, first = starts is not None, lengths if starts is None else starts
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
@@ -168,12 +173,14 @@ def _select(
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
-            choose_kernel[(rows * K * x.parts,)](
-                q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
-                x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
-                min(x.BK, KP2 * S), SP, x.run, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
-                num_warps=CHOOSE_WARPS, num_stages=2, **pdl,
-            )  # fmt: skip
+            for listing, merging in ((True, True),) if x.together else ((True, False), (False, True)):
+                parts = x.parts if listing else 1
+                choose_kernel[(rows * K * parts,)](
+                    q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, parts,
+                    x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
+                    min(x.BK, KP2 * S), SP, x.lists, min(x.lists, 64), x.KP, KP2, listing, merging, attend, given,
+                    bool(pdl), num_warps=4, num_stages=2, **pdl,
+                )  # fmt: skip
             continue
         sum_kernel[(rows * K * x.parts,)](
             lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
@@ -275,9 +282,11 @@ def decode_attention(
     starts: Tensor | None,
     spec: SparseSpec,
     scale: float,
+    update: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ssa.ops.decode.decode_attention`; returns output and log-sum-exp."""
-    return torch.ops.ssa.decode(q, k, v, pooled, lengths, starts, *_numbers(spec), scale)
+    operation = torch.ops.ssa.update_and_decode if update else torch.ops.ssa.decode
+    return operation(q, k, v, pooled, lengths, starts, *_numbers(spec), scale)
 
 
 def update_pooled(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Tensor | None, block_size: int) -> None:
@@ -306,11 +315,30 @@ def _decode_op(
     q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, lengths: Tensor, starts: Tensor | None,
     S: int, blocks: int, first: int, local: int, official: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if blocks * S >= k.shape[1] and not official:  # every block of the cache
+    return _decode(q, k, v, pooled, lengths, starts, _spec(S, blocks, first, local, official), scale, False)
+
+
+def _update_and_decode_op(
+    q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, lengths: Tensor, starts: Tensor | None,
+    S: int, blocks: int, first: int, local: int, official: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    together = q.shape[1] == 1 and pooled.stride(3) == 1 and k.stride(3) == 1
+    if not together:
+        _update_op(pooled, k, lengths, q.shape[1], starts, S)
+    return _decode(q, k, v, pooled, lengths, starts, _spec(S, blocks, first, local, official), scale, together)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, lengths: Tensor, starts: Tensor | None,
+    spec: SparseSpec, scale: float, update: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    S = spec.block_size
+    if spec.num_blocks * S >= k.shape[1] and spec.rule != "official":  # every block of the cache
+        if update:
+            _update_op(pooled, k, lengths, 1, starts, S)
         return _attend(q, k, v, None, 1, lengths, starts, scale)
-    spec = _spec(S, blocks, first, local, official)
-    fused = blocks * S <= FUSED_KEYS
-    indices, out, lse = _select(q, k, v, pooled, lengths, starts, spec, scale, fused)
+    fused = spec.num_blocks * S <= FUSED_KEYS
+    indices, out, lse = _select(q, k, v, pooled, lengths, starts, spec, scale, fused, update)
     return (out, lse) if fused else _attend(q, k, v, indices, S, lengths, starts, scale)
 
 
@@ -344,11 +372,16 @@ LIBRARY.define(
 LIBRARY.define(
     f"decode(Tensor q, Tensor k, Tensor v, Tensor pooled, Tensor lengths, Tensor? starts, {_SPEC}) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "update_and_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) pooled, Tensor lengths, Tensor? starts,"
+    f" {_SPEC}) -> (Tensor, Tensor)"
+)
 LIBRARY.define("update_pooled(Tensor(a!) pooled, Tensor k, Tensor lengths, int new, Tensor? starts, int S) -> ()")
 for _name, _function, _fake in (
     ("select_cached", _select_op, _select_fake),
     ("attend_cached", _attend, _attention_fake),
     ("decode", _decode_op, _attention_fake),
+    ("update_and_decode", _update_and_decode_op, _attention_fake),
     ("update_pooled", _update_op, lambda *_: None),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

@@ -1,12 +1,14 @@
 """Decoding in Triton, the short way: scores, exact top-k and attention of a row in one launch after the scoring.
 
-Serves small budgets (:data:`ssa.ops.decode.triton.FEW`). The programs of a row share its blocks and leave, for every run
-of LT blocks, the KP best in order. Whoever of them arrives last merges these lists and attends: at batch 1 the launches
-and the dependent reads take the time, and both are few here. Lists are written and merged in a fixed order, so
-reruns are bitwise equal whoever is last.
+Serves small budgets (:data:`ssa.ops.decode.triton.FEW`). The programs of a row share its blocks and leave, for every
+tile, the KP best in order. Whoever of them arrives last merges these lists and attends: at batch 1 the launches and
+the dependent reads take the time, and both are few here. Lists are written and merged in a fixed order, so reruns are
+bitwise equal whoever is last. Where programs have many tiles, listing and merging are launches of their own, since a
+program that attends holds registers that leave no room for others.
 
-The key of a block is its score's bits above its inverted number: no two are equal, ties go to the lower block, and all
-comparisons are of integers. Ranks are counts of larger keys: one comparison of all pairs instead of a search.
+The key of a block is its score's bits above its inverted number (below 0 where it is no candidate): no two are equal,
+ties go to the lower block, and all comparisons are of integers. Ranks are counts of larger keys: one comparison of all
+pairs instead of a search. They are summed over the first axis, which the compiler gives to single threads.
 
 Shapes: as in :mod:`ssa.ops.decode.triton_kernels`; KB slots of a row's list of blocks.
 """
@@ -19,13 +21,7 @@ import triton.language as tl
 from ssa.ops.decode.triton_kernels import LN2, NOTHING, _attend_tile, _begin, _place, _share
 
 LOW = tl.constexpr(0x7FFFFFFF)
-ABSENT = tl.constexpr(-(1 << 40))  # below every key of a block
-
-
-@triton.jit
-def _rank(key_rn):
-    """How many keys of the same line are larger."""
-    return tl.sum((key_rn[:, None, :] > key_rn[:, :, None]).to(tl.int32), 2)
+ABSENT = tl.constexpr(-(1 << 62))  # below every key of a block
 
 
 @triton.jit
@@ -42,23 +38,20 @@ def _list_best(
     NC,
     GP: tl.constexpr,
     BN: tl.constexpr,
-    LT: tl.constexpr,
     KP: tl.constexpr,
 ):
-    """Scores of a row's tiles, summed over the heads; of every LT blocks the KP largest keys, in order."""
-    g, r = tl.arange(0, GP), tl.arange(0, BN // LT)
+    """Scores of a row's tiles, summed over the heads; of every tile the KP largest keys, in order."""
+    g, i = tl.arange(0, GP), tl.arange(0, BN)
     for tile in range(first, last):
-        n = tile * BN + tl.arange(0, BN)
+        n = tile * BN + i
         there = (g < G)[:, None] & (n < complete)[None, :]
         s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
-        score_n = tl.sum(tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0), 0)
-        bits = tl.maximum(score_n.to(tl.int32, bitcast=True), 0).to(tl.int64)
-        wide = n.to(tl.int64)
-        key_n = tl.where((n >= lo) & (n < hi), (bits << 32) | (wide ^ LOW), -1 - wide)
-        key_rn = tl.reshape(key_n, [BN // LT, LT])
-        rank_rn = _rank(key_rn)
-        line = tile * (BN // LT) + r
-        tl.store(lists + line[:, None] * KP + rank_rn, key_rn, mask=rank_rn < KP)
+        term_gn = tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0)
+        candidate_n = (n >= lo) & (n < hi)
+        bits_n = tl.sum(tl.where(candidate_n[None, :], term_gn, -1.0), 0).to(tl.int32, bitcast=True).to(tl.int64) << 32
+        near_n = bits_n | (i ^ (BN - 1)).to(tl.int64)  # of the tile's blocks: what the compiler keeps of it is 32 bits
+        rank_n = tl.sum((near_n[:, None] > near_n[None, :]).to(tl.int32), 0)
+        tl.store(lists + tile * KP + rank_n, bits_n | (n ^ LOW).to(tl.int64), mask=rank_n < KP)
 
 
 @triton.jit
@@ -74,10 +67,10 @@ def _merge(lists, total, need, NL: tl.constexpr, UB: tl.constexpr, KP: tl.conste
     for u0 in range(0, NL, UB):
         x = u0 + u
         head_u = tl.where(x < total, tl.load(lists + x * KP, mask=x < total, other=0), (-x).to(tl.int64) + ABSENT)
-        rank_t += tl.sum((head_u[None, :] > head_t[:, None]).to(tl.int32), 1)
+        rank_t += tl.sum((head_u[:, None] > head_t[None, :]).to(tl.int32), 0)
     a, b = tl.arange(0, KP // 2), tl.arange(0, KP)
-    upper_a = tl.sum(tl.where(rank_t[None, :] == a[:, None], t[None, :], 0), 1)
-    lower_a = tl.sum(tl.where(rank_t[None, :] == need - a[:, None], t[None, :], 0), 1)
+    upper_a = tl.sum(tl.where(rank_t[:, None] == a[None, :], t[:, None], 0), 0)
+    lower_a = tl.sum(tl.where(rank_t[:, None] == need - a[None, :], t[:, None], 0), 0)
     a2, b2 = a[:, None], b[None, :]
     is_upper = b2 < need - a2
     i_ab = tl.where(is_upper, b2, b2 - need + a2)
@@ -86,24 +79,67 @@ def _merge(lists, total, need, NL: tl.constexpr, UB: tl.constexpr, KP: tl.conste
     key_ab = tl.load(lists + list_ab * KP + i_ab, mask=real, other=0)
     key_ab = tl.where(real, key_ab, (-(a2 * KP + b2)).to(tl.int64) + ABSENT)
     key_e = tl.reshape(key_ab, [KP * KP // 2])
-    rank_e = tl.where(key_e >= 0, tl.sum((key_e[None, :] > key_e[:, None]).to(tl.int32), 1), KP)
+    rank_e = tl.where(key_e >= 0, tl.sum((key_e[:, None] > key_e[None, :]).to(tl.int32), 0), KP)
     block_e = ((key_e & LOW) ^ LOW).to(tl.int32)
-    block_r = tl.sum(tl.where(rank_e[None, :] == b[:, None], block_e[None, :], 0), 1)
+    block_r = tl.sum(tl.where(rank_e[:, None] == b[None, :], block_e[:, None], 0), 0)
     return block_r, tl.sum((rank_e < need).to(tl.int32), 0)
 
 
 @triton.jit
 def _ordered(block_r, count, first_blocks, local_blocks, own, KP: tl.constexpr, KB: tl.constexpr):
-    """List ``[KB]`` of a row's blocks: the first, the ``count`` best, the local ones up to the own; ascending, then -1."""
+    """Blocks of a row ``[KB]``: the first, the ``count`` best, the local ones up to the own; ascending, then -1."""
     r, s = tl.arange(0, KP), tl.arange(0, KB)
     block_r = tl.where(r < count, block_r, r + (LOW - KP))
     forced = tl.minimum(first_blocks, own + 1)
     local = tl.minimum(own + 1 - forced, local_blocks)
-    place_r = forced + tl.sum((block_r[None, :] < block_r[:, None]).to(tl.int32), 1)
-    taken_s = tl.sum(tl.where(place_r[None, :] == s[:, None], block_r[None, :], 0), 1)
+    place_r = forced + tl.sum((block_r[:, None] < block_r[None, :]).to(tl.int32), 0)
+    taken_s = tl.sum(tl.where(place_r[:, None] == s[None, :], block_r[:, None], 0), 0)
     begin = forced + count
     rest_s = tl.where(s < begin + local, own + 1 - local + s - begin, -1)
     return tl.where(s < forced, s, tl.where(s < begin, taken_s, rest_s))
+
+
+@triton.jit
+def _finish(
+    q_ptr, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, lists, row, head, sequence, start, position, tiles,
+    N, K, G, k, first_blocks, local_blocks, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
+    v_head, c,
+    D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, NL: tl.constexpr,
+    UB: tl.constexpr, KP: tl.constexpr, KB: tl.constexpr, ATTEND: tl.constexpr,
+):  # fmt: skip
+    """Merge a row's lists; write its blocks, or attend over them."""
+    own = tl.where(position < 0, -1, position // S)
+    h, d, s = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, KB)
+    live = (h < G)[:, None] & (d < D)[None, :]
+    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
+    if ATTEND:
+        q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)  # early: it waits for nothing
+    block_r, count = _merge(lists, tiles, k - first_blocks - local_blocks, NL, UB, KP)
+    block_s = _ordered(block_r, count, first_blocks, local_blocks, own, KP, KB)
+    if not ATTEND:
+        tl.store(indices_ptr + (row.to(tl.int64) * K + head) * k + s, block_s, mask=s < k)
+    else:
+        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
+        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
+        m = tl.full([M], NOTHING, tl.float32)
+        l = tl.zeros([M], tl.float32)
+        o_md = tl.zeros([M, DP], tl.float32)
+        for begin in tl.static_range(0, KB * S, BK):
+            e = begin + tl.arange(0, BK)
+            block_e = tl.sum(tl.where((e // S)[:, None] == s[None, :], block_s[None, :], 0), 1)
+            place = block_e * S + e % S
+            real = (block_e >= 0) & (place <= position)
+            at = place.to(tl.int64)[:, None]
+            loaded = real[:, None] & (d < D)[None, :]
+            k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
+            v_nd = tl.load(values + at * v_row + d[None, :], mask=loaded, other=0.0)
+            m, l, o_md = _attend_tile(q_md, k_nd, v_nd, real[None, :], m, l, o_md, c)
+        seen = l > 0
+        o_md = o_md / tl.where(seen, l, 1.0)[:, None]
+        lse_m = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
+        place = (row.to(tl.int64) * K + head) * G
+        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "k", "first_blocks", "local_blocks"])
@@ -117,7 +153,7 @@ def choose_kernel(
     out_ptr,  # [R, H, D]
     lse_ptr,  # [R, H] float32, natural
     float_ptr,  # of score_kernel
-    long_ptr,  # int64: arrived programs of a row [rows, K], zeroed by score_kernel; lists [rows, K, NC / LT, KP]
+    long_ptr,  # int64: arrived programs of a row [rows, K], zeroed by score_kernel; lists [rows, K, NC / BN, KP]
     row0,
     rows,
     N,
@@ -148,74 +184,50 @@ def choose_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SP: tl.constexpr,
-    LT: tl.constexpr,
     NL: tl.constexpr,
     UB: tl.constexpr,
     KP: tl.constexpr,
     KB: tl.constexpr,
+    LIST: tl.constexpr,
+    MERGE: tl.constexpr,
     ATTEND: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Scores and lists of a row's part; the last program of the row merges, and attends over the blocks."""
-    _begin(PDL)
     part = tl.program_id(0) % parts
     pair = tl.program_id(0) // parts
     head = pair % K
     row = row0 + pair // K
-    sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)  # score_kernel found them written
+    _begin(PDL)
     own = tl.where(position < 0, -1, position // S)
     complete = tl.maximum(position + 1, 0) // S
     tiles = tl.cdiv(complete, BN)
-    first, last, working = _share(tiles, part, parts)
-    if (first >= last) & (part > 0):
-        return
     wide = pair.to(tl.int64)
-    g, i = tl.arange(0, GP), tl.arange(0, SP)
-    _, _, used = _share(tl.cdiv(complete, BT), 0, splits)
-    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
-    m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
-    l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
-    m_g = tl.max(m_ig, 0)
-    lse_g = m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))  # of no block: not used
-    lists = long_ptr + rows.to(tl.int64) * K + wide * (NC // LT) * KP
-    logits = float_ptr + wide * G * NC
-    _list_best(
-        logits, lists, lse_g, first, last, complete, first_blocks, own + 1 - local_blocks, G, NC, GP, BN, LT, KP
-    )
-    tl.debug_barrier()  # the program's lists are written, then it arrives
-    if tl.atomic_add(long_ptr + pair, 1, sem="acq_rel") < tl.maximum(working, 1) - 1:
-        return
-    tl.debug_barrier()
-    need = k - first_blocks - local_blocks
-    block_r, count = _merge(lists, tiles * (BN // LT), need, NL, UB, KP)
-    block_s = _ordered(block_r, count, first_blocks, local_blocks, own, KP, KB)
-    s = tl.arange(0, KB)
-    if not ATTEND:
-        tl.store(indices_ptr + (row.to(tl.int64) * K + head) * k + s, block_s, mask=s < k)
-    else:
-        h, d = tl.arange(0, M), tl.arange(0, DP)
-        live = (h < G)[:, None] & (d < D)[None, :]
-        query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-        q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)
-        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
-        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
-        m = tl.full([M], NOTHING, tl.float32)
-        l = tl.zeros([M], tl.float32)
-        o_md = tl.zeros([M, DP], tl.float32)
-        for begin in tl.static_range(0, KB * S, BK):
-            e = begin + tl.arange(0, BK)
-            block_e = tl.sum(tl.where((e // S)[:, None] == s[None, :], block_s[None, :], 0), 1)
-            place = block_e * S + e % S
-            real = (block_e >= 0) & (place <= position)
-            at = place.to(tl.int64)[:, None]
-            loaded = real[:, None] & (d < D)[None, :]
-            k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
-            v_nd = tl.load(values + at * v_row + d[None, :], mask=loaded, other=0.0)
-            m, l, o_md = _attend_tile(q_md, k_nd, v_nd, real[None, :], m, l, o_md, c)
-        seen = l > 0
-        o_md = o_md / tl.where(seen, l, 1.0)[:, None]
-        lse_m = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
-        place = (row.to(tl.int64) * K + head) * G
-        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
+    lists = long_ptr + rows.to(tl.int64) * K + wide * (NC // BN) * KP
+    if LIST:
+        first, last, working = _share(tiles, part, parts)
+        if (first >= last) & (part > 0):
+            return
+        g, i = tl.arange(0, GP), tl.arange(0, SP)
+        _, _, used = _share(tl.cdiv(complete, BT), 0, splits)
+        partial = float_ptr + rows.to(tl.int64) * K * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+        m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
+        l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
+        m_g = tl.max(m_ig, 0)
+        lse_g = m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))  # of no block: not used
+        logits = float_ptr + wide * G * NC
+        hi = own + 1 - local_blocks
+        _list_best(logits, lists, lse_g, first, last, complete, first_blocks, hi, G, NC, GP, BN, KP)
+        if MERGE:
+            tl.debug_barrier()  # the program's lists are written, then it arrives
+            if tl.atomic_add(long_ptr + pair, 1, sem="acq_rel") < tl.maximum(working, 1) - 1:
+                return
+            tl.debug_barrier()
+    if MERGE:
+        _finish(
+            q_ptr, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, lists, row, head, sequence, start, position, tiles,
+            N, K, G, k, first_blocks, local_blocks, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
+            v_head, c, D, DP, S, M, BK, NL, UB, KP, KB, ATTEND,
+        )  # fmt: skip

@@ -1,12 +1,12 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding is three launches. ``score_kernel`` reads the pooled keys once and leaves the logits and, per
-split, their maximum and sum; ``sum_kernel`` makes scores of the logits; ``select_kernel`` selects the row's blocks and,
-where the budget is small, attends over them. Large budgets and full decoding spread the keys over programs
+A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys once and leaves the logits and, per
+split, their maximum and sum. Small budgets go on in :mod:`ssa.ops.decode.triton_choice`. Otherwise ``sum_kernel`` makes
+scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets and full decoding spread the keys over programs
 (``attend_kernel``) and merge (``combine_kernel``).
 
 With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
-here then waits first, before it reads or returns, so the end of a kernel implies the end of all before it.
+here then waits first, before it reads what another wrote or returns, so the end of a kernel implies the end of all before it.
 
 Grids follow capacities and tiles follow the lengths on the device: splits beyond a length return at once, the others
 share what there is evenly. So a captured CUDA graph serves any lengths.
@@ -179,7 +179,7 @@ def score_kernel(
     logits = float_ptr + pair.to(tl.int64) * G * NC
     m = tl.full([M], NOTHING, tl.float32)
     l = tl.zeros([M], tl.float32)
-    if UPDATE:
+    if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
         if (last == tiles) & ((position + 1) % S == 0):  # its block is in the last tile
             last -= 1
             fresh = complete - 1
