@@ -231,3 +231,16 @@ def test_bad_input_is_refused(change, message):
     starts = given.pop("starts")
     with pytest.raises(InputError, match=message):
         decode_attention(**given, spec=SparseSpec(4, 3), starts=starts)
+
+
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_update_makes_the_means_that_the_new_tokens_lack(limit: float | None) -> None:
+    x = case([48, 31], [0, 3], 16, 64)
+    spec = SparseSpec(16, 2, max_dropped_mass=limit)
+    q = torch.randn(2, 1, 4, 8)
+    lacking = x.pooled.clone()
+    lacking[0, 2], lacking[1, 1] = NAN, NAN  # the first is completed by the new token, the second is not complete
+    out = decode_attention(q, x.k, x.v, lacking, x.lengths, spec, starts=x.starts, update=True)
+    assert torch.equal(lacking[0, :3], x.pooled[0, :3])
+    assert lacking[1, 1].isnan().all()
+    assert torch.equal(out, decode_attention(q, x.k, x.v, x.pooled, x.lengths, spec, starts=x.starts))

@@ -2,11 +2,12 @@
 
 A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys once and leaves the logits and, per
 split, their maximum and sum. Small budgets go on in :mod:`ssa.ops.decode.triton_choice`. Otherwise ``sum_kernel`` makes
-scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets and full decoding spread the keys over programs
-(``attend_kernel``) and merge (``combine_kernel``).
+scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets
+and full decoding spread the keys over programs (``attend_kernel``) and merge (``combine_kernel``).
 
 With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
-here then waits first, before it reads what another wrote or returns, so the end of a kernel implies the end of all before it.
+here then waits, before it returns or reads what that one may have written, so the end of a kernel implies the end of
+all before it.
 
 Grids follow capacities and tiles follow the lengths on the device: splits beyond a length return at once, the others
 share what there is evenly. So a captured CUDA graph serves any lengths.
