@@ -218,3 +218,16 @@ def test_our_model_is_known_to_lm_eval() -> None:
     assert get_model("ssa") is SSALM is lm_eval.SSALM
     declared = {entry.value for entry in entry_points(group="lm_eval.models", name="ssa")}
     assert declared <= {"ssa.evaluate.harness:SSALM"}  # empty where the package is not installed
+
+
+def test_longbench_from_local_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The generated answer is scored by lm-eval's own measure."""
+    for package in ("jieba", "fuzzywuzzy", "rouge"):
+        pytest.importorskip(package, reason="needs the extra [longbench]")
+    row = {"input": "What opens a tin?", "context": " ".join(WORDS), "answers": ["an opener"]}
+    (tmp_path / "longbench").mkdir()
+    (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(json.dumps(row) + "\n")
+    plan = HarnessPlan([], tmp_path, (Attention("full"), Attention("sparse", 2)))
+    result = run_harness(SSALM(str(folders["ours"]), device="cpu"), plan)
+    for run in result["runs"]:
+        assert 0.0 <= run["tasks"]["longbench_hotpotqa"]["qa_f1_score"]["mean"] <= 1.0

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ssa.errors import DataError
-from ssa.evaluate.tasks import find_tasks, templates, write_tasks
+from ssa.errors import DataError, MissingDependencyError
+from ssa.evaluate.tasks import find_tasks, longbench, templates, write_tasks
 from ssa.evaluate.tasks.__main__ import main
 
 PIQA = {"goal": "open a tin", "sol1": "use an opener", "sol2": "use a spoon", "label": 0, "source": "ours"}
@@ -112,3 +112,48 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     assert "no folder" in capsys.readouterr().err
     assert main([]) == 2
+
+
+LONG = {"input": "Who sold the boat?", "context": "Anna sold the boat to Ben.", "answers": ["Anna"], "length": 6}
+
+
+def test_longbench_keeps_lm_evals_definition_with_the_users_rows(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra [longbench]")
+    for package in longbench.PACKAGES:
+        pytest.importorskip(package, reason="needs the extra [longbench]")
+    write(tmp_path / "longbench" / "hotpotqa.jsonl", [LONG])
+    write(tmp_path / "longbench" / "repobench-p.jsonl", [{**LONG, "all_classes": None}])
+    names = write_tasks(tmp_path, tmp_path / "out")
+    assert names == {f"longbench_{x}": f"local_longbench_{x}" for x in ("hotpotqa", "repobench_p")}
+    definition = yaml.safe_load((tmp_path / "out" / "local_longbench_hotpotqa.yaml").read_text())
+    assert Path(definition["include"]).name == "hotpotqa.yaml"
+    row = json.loads((tmp_path / "out" / "local_longbench_hotpotqa" / "test.jsonl").read_text())
+    assert row == {
+        "context": LONG["context"],
+        "question": LONG["input"],
+        "answers": ["Anna"],
+        "all_classes": [],
+    }
+    write(tmp_path / "other" / "longbench_tales.jsonl", [LONG])
+    with pytest.raises(DataError, match="no data set of LongBench; expected one of 2wikimqa"):
+        write_tasks(tmp_path / "other", tmp_path / "out")
+
+
+def test_longbench_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longbench, "find_spec", lambda name: None if name == "rouge" else object())
+    write(tmp_path / "longbench" / "hotpotqa.jsonl", [LONG])
+    with pytest.raises(MissingDependencyError, match=r"no package rouge.*\[longbench\]"):
+        write_tasks(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": None}, "context"),
+        ({"answers": "Anna"}, "answers: got a str"),
+        ({"answers": []}, "answers: got none"),
+    ],
+)
+def test_a_malformed_row_of_longbench_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        longbench.LongBench("longbench_hotpotqa").check({**LONG, **change}, "file:1")

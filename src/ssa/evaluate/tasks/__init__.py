@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ssa.errors import DataError
+from ssa.evaluate.tasks import longbench
 
 PREFIX = "local_"  # apart from lm-eval's own tasks, whose rows or text may differ
 FALLBACK = "perplexity"  # template of rows that only have text
@@ -74,7 +75,7 @@ class LocalTask:
     """A data set found in a folder: its template, and the files of each split."""
 
     name: str
-    template: Template
+    template: Template | longbench.LongBench
     splits: dict[str, Path] = field(default_factory=dict)
 
 
@@ -94,7 +95,8 @@ def find_tasks(source: Path) -> dict[str, LocalTask]:
     """Data sets in ``source`` and below: files ``NAME_SPLIT.jsonl`` or ``.txt``, perhaps with ``.gz`` or ``.xz``.
 
     The name chooses the template (``piqa``, ``hellaswag``, ``arc*``, ``lambada*``); any other is measured by its
-    perplexity. A file that is called by its split alone takes the name of its folder. Without a split it is ``test``.
+    perplexity, but for those of a folder ``longbench`` (:mod:`ssa.evaluate.tasks.longbench`). A file that is called
+    by its split alone takes the name of its folder. Without a split it is ``test``.
 
     Raises:
         DataError: no folder, no such file in it, two files for one split.
@@ -109,8 +111,11 @@ def find_tasks(source: Path) -> dict[str, LocalTask]:
         stem, _, last = inner.stem.rpartition("_")
         name, split = (stem or path.parent.name, SPLITS[last]) if last in SPLITS else (inner.stem, "test")
         name = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-        matching = [t for t in known if name == t or name.startswith(f"{t}_")]
-        task = tasks.setdefault(name, LocalTask(name, known[max(matching, key=len, default=FALLBACK)]))
+        if long := longbench.named(path, name):
+            task = tasks.setdefault(long, LocalTask(long, longbench.LongBench(long)))
+        else:
+            matching = [t for t in known if name == t or name.startswith(f"{t}_")]
+            task = tasks.setdefault(name, LocalTask(name, known[max(matching, key=len, default=FALLBACK)]))
         if split in task.splits:
             raise DataError(str(path), f"a second {split} split of {name}", "one file", str(task.splits[split]))
         task.splits[split] = path
@@ -142,6 +147,7 @@ def write_tasks(source: Path, folder: Path, names: list[str] | None = None) -> d
 
 def _write(task: LocalTask, folder: Path) -> str:
     name = PREFIX + task.name
+    template = longbench.definition_of(task.name) if isinstance(task.template, longbench.LongBench) else task.template
     data = folder / name
     data.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -150,7 +156,7 @@ def _write(task: LocalTask, folder: Path) -> str:
         with file.open("w", encoding="utf-8") as out:
             count = 0
             for where, row in _rows(path, task):
-                out.write(json.dumps(task.template.check(row, where)) + "\n")
+                out.write(json.dumps(template.check(row, where)) + "\n")
                 count += 1
         if not count:
             raise DataError(str(path), "no row", "at least one")
@@ -163,7 +169,7 @@ def _write(task: LocalTask, folder: Path) -> str:
         "dataset_kwargs": {"data_files": files, "cache_dir": str((data / "cache").resolve())},
         "test_split": measured,
         "fewshot_split": drawn,  # where it is the measured split, lm-eval leaves the measured row out
-        **task.template.definition,
+        **template.definition,
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
     return name
