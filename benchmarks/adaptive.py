@@ -1,11 +1,11 @@
 """Adaptive budgets against fixed ones on a trained model: perplexity and dropped mass at equal mean cost.
 
-    python benchmarks/adaptive.py RUN DATA --out OUT.json [--rows 16] [--device auto]
+    python benchmarks/adaptive.py RUN DATA --out OUT.json [--rows 16] [--seconds 55] [--device auto]
 
 For every fixed budget, and every limit of both flavours: perplexity, blocks per query, the true dropped mass (mean over
 heads, and of the worst head of a group), how often it exceeds the limit, per layer. Dropped mass is measured on the
 queries and keys that the run itself produces. A limit that its flavour exceeds although it is certified makes the exit
-code 1. ``docs/budgets.md`` discusses the result.
+code 1. With ``--seconds`` what would begin later is left out. ``docs/budgets.md`` discusses the result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -131,8 +132,12 @@ def at_equal_cost(fixed: list[dict[str, Any]], blocks: float, what: str) -> floa
     return None
 
 
-def evaluate(model: SSAForCausalLM, dataset: PackedDataset, rows: int) -> dict[str, Any]:
-    """Every fixed budget, both flavours, and the estimated flavour with the safety measured on other rows."""
+def evaluate(model: SSAForCausalLM, dataset: PackedDataset, rows: int, deadline: float = math.inf) -> dict[str, Any]:
+    """Every fixed budget, both flavours, and the estimated flavour with the safety measured on other rows.
+
+    Args:
+        deadline: of ``time.monotonic``; no adaptive run begins after it.
+    """
     S = model.config.block_size
     every = -(-dataset.row_length // S)
     powers = [n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n < every]
@@ -143,6 +148,8 @@ def evaluate(model: SSAForCausalLM, dataset: PackedDataset, rows: int) -> dict[s
     flavours = (("estimated", 1.0), ("estimated", fitted["safety"]), ("certified", 1.0), ("per_block", 1.0))
     for flavour, safety in flavours:
         for limit in BLOCK_LIMITS if flavour == "per_block" else LIMITS:
+            if time.monotonic() > deadline:
+                continue
             spec = SparseSpec(S, every, max_dropped_mass=limit, flavour=flavour, safety=safety)  # type: ignore[arg-type]
             run = {"flavour": flavour, "limit": limit, "safety": safety, **measure(model, dataset, rows, spec)}
             for what in ("perplexity", "dropped_mass", "worst_dropped_mass"):
@@ -171,8 +178,10 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
+    deadline = time.monotonic() + given.seconds
     device = default_device(given.device)
     model, dataset = load_model(given.model).to(device).eval(), PackedDataset(given.data, "valid")
     shown = f"python benchmarks/adaptive.py {given.model.name} {given.data.name} --rows {given.rows}"
@@ -181,7 +190,7 @@ def main() -> int:
         "commit": commit(), "machine": machine(),
         "model": {"name": given.model.name, "method": model.config.method, "block_size": model.config.block_size},
         "data": {"rows": given.rows, "row_length": dataset.row_length},
-        **evaluate(model, dataset, given.rows),
+        **evaluate(model, dataset, given.rows, deadline),
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")

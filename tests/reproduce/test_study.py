@@ -57,7 +57,15 @@ def test_from_the_command_line_to_the_report_and_no_piece_twice(data, tmp_path, 
     assert "0 pieces to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "not resolved at this scale" in claims.read_text()  # one seed resolves nothing
-    assert main(["reproduce", "--report", "--out", str(out)]) == 0
+    record = tmp_path / "record.json"
+    assert main(["reproduce", "--report", "--out", str(out), "--record", str(record)]) == 0
+    found = json.loads(record.read_text())
+    assert (len(found["pieces"]), len(found["data"]), found["job"]["scale"]) == (3, 1, "tiny")
+    assert sum(call["pieces"] for call in found["calls"]) == 3
+    ssa = next(piece for piece in found["pieces"] if piece["variant"] == "ssa")["evaluation"]
+    assert len(ssa["runs"]) == 4
+    assert {x["length"] for x in ssa["needle"]} == {256, 512}
+    assert record.stat().st_size < 60_000
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def reproduce(
     brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no report")] = False,
     report: Annotated[bool, arg(help="train nothing: write the report of what is there")] = False,
     claims: Annotated[Path | None, arg(help="also write the claims table to this Markdown file")] = None,
+    record: Annotated[Path | None, arg(help="also write all figures to this JSON file")] = None,
     summary: Annotated[
         Path | None, arg(help="also put a short one between <!-- claims --> and <!-- /claims -->")
     ] = None,
@@ -61,7 +62,7 @@ def reproduce(
     from ssa.report import read_study, render_claims, write_study
 
     study = read_study(out)
-    for path in write_study(study, out, claims, summary):
+    for path in write_study(study, out, claims, summary, record):
         console.print(f"written to {path}", markup=False)
     console.print(render_claims(study))
     console.print(f"{time.time() - began:.0f} s in all")

@@ -6,16 +6,20 @@ from pathlib import Path
 
 from ssa.report.build import require, write_file
 from ssa.report.fields import read_text
+from ssa.report.record import record_text
 from ssa.report.study import Study
 from ssa.report.study_text import claims_markdown, put_summary
 
 
-def write_study(study: Study, out: Path, claims: Path | None = None, summary: Path | None = None) -> list[Path]:
+def write_study(
+    study: Study, out: Path, claims: Path | None = None, summary: Path | None = None, record: Path | None = None
+) -> list[Path]:
     """Write ``report.html`` and ``claims.md`` into ``out``.
 
     Args:
         claims: a second place for the claims.
         summary: a Markdown file that has a place for a short table of them, see :func:`put_summary`.
+        record: receives the figures of all pieces of the study in ``out`` as one JSON file.
 
     Returns:
         The files written.
@@ -38,6 +42,9 @@ def write_study(study: Study, out: Path, claims: Path | None = None, summary: Pa
     if summary is not None:
         write_file(summary, put_summary(read_text(summary), study, str(summary)).encode("utf-8"))
         written.append(summary)
+    if record is not None:
+        write_file(record, record_text(out).encode("utf-8"))
+        written.append(record)
     for figure in figures:
         write_file(out / "figures" / f"{figure.name}.png", figure.png)
     return written
