@@ -16,7 +16,8 @@ DIGITS = 6  # significant
 
 def study_record(folder: Path) -> dict[str, Any]:
     """Pieces, calls and job of the study in ``folder``. Left out: selection maps, layers, needles by depth."""
-    pieces, shared = [], defaultdict(list)
+    pieces: list[Any] = []
+    shared: dict[str, list[Any]] = defaultdict(list)
     for file in sorted((folder / "pieces").glob("*/piece.json")):
         piece: Any = parse_json(read_text(file), str(file))
         source = file.parent / "evaluation.json"
