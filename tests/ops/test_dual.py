@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from oracles import all_blocks, causal_mask, dense_attention, leaves, qkv, random_indices, selected_mask
 from ssa.documents import DocumentLayout
 from ssa.ops import AlignmentSpec, SparseSpec, full_attention, select_blocks, sparse_attention, ssa_attention
-from ssa.ops.dual import passes
+from ssa.ops.dual import api, passes
 from ssa.ops.dual.alignment import align
 from ssa.ops.dual.reference import ssa_attention as composed
 from ssa.ops.full import reference as full_reference
@@ -403,3 +403,33 @@ def test_refused_specifications(arguments: dict[str, Any], got: str) -> None:
 
 def test_defaults_are_the_published_codes() -> None:
     assert AlignmentSpec() == AlignmentSpec(10.0, "smooth_l1", "gated", "both")
+
+
+# ---------------------------------------------------------------------- documents that fit the budget
+@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_equal_streams_are_computed_once(main: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _ = case()
+    inputs, gate = (inputs, inputs[3]) if gated else (inputs[:3], None)
+    spec, up = SparseSpec(S, 7), torch.randn_like(inputs[0])  # 26 tokens are 7 blocks
+    fraction = AlignmentSpec(query_fraction=1 / 2)
+
+    def both(**backend: Any) -> tuple[Tensor, Any, list[Tensor]]:
+        keywords: dict[str, Any] = {"spec": spec, "alignment": fraction, "layout": LAYOUT, "seed": 1, **backend}
+        out, found = ssa_attention(*inputs[:3], gate, main, **keywords)
+        return out, found, list(torch.autograd.grad([out, found.loss], inputs, [up, torch.ones_like(found.loss)]))
+
+    twice = both(backend="reference")
+    monkeypatch.setattr(api, "select_blocks", None)
+    monkeypatch.setattr(api, "sparse_stream", None)
+    once = both()
+    torch.testing.assert_close([once[0], *once[2]], [twice[0], *twice[2]], **EXACT)
+    assert [x.item() for x in once[1]] == [0.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(list(once[1]), list(twice[1]), **EXACT)
+
+
+def test_only_documents_that_surely_fit_skip_selection() -> None:
+    assert SparseSpec(4, 7).reads_all(28)
+    assert not SparseSpec(4, 7).reads_all(29)
+    assert not SparseSpec(4, 7, max_dropped_mass=0.1).reads_all(4)
+    assert not SparseSpec(8, 7, rule="official").reads_all(8)  # its merge keeps half of a chunk

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,13 +53,13 @@ def test_the_sample_is_a_function_of_layout_fraction_and_seed() -> None:
     layout = DocumentLayout.single(4, 8192)
     rows = sample_rows(layout, 1 / 8, 5)
     assert rows == sample_rows(DocumentLayout.single(4, 8192), 1 / 8, 5)
-    assert len({sample_rows(layout, 1 / 8, seed) for seed in range(10)}) == 10
-    assert [(w.documents, w.size, w.begin // 2048) for w in rows.windows] == [(4, 256, i) for i in range(4)]
+    assert len({sample_rows(layout, 1 / 8, seed) for seed in range(100)}) == 8
+    assert [(w.documents, w.size, w.begin // 4096) for w in rows.windows] == [(4, 512, i) for i in range(2)]
 
 
 @pytest.mark.parametrize("tokens", [1024, 8192, 32768])
 def test_the_cost_is_the_fraction_of_full_attention(tokens: int) -> None:
-    """Pairs of query and key: on average f, and four strata keep a single draw within a few percent."""
+    """Pairs of query and key: on average f, and in every draw where a document has two strata."""
     layout = DocumentLayout.single(1, tokens)
     shares = []
     for seed in range(300):
@@ -68,9 +67,8 @@ def test_the_cost_is_the_fraction_of_full_attention(tokens: int) -> None:
         pairs = sum((w.begin + 1 + w.end) * w.size / 2 for w in rows.windows)
         shares.append(pairs / (tokens * (tokens + 1) / 2))
     assert abs(sum(shares) / len(shares) - 1 / 8) < 0.01
-    if tokens > 4096:
-        assert max(shares) < 0.125 * 1.26
-        assert min(shares) > 0.125 * 0.74
+    if tokens >= 2048:
+        assert max(shares) - min(shares) < 1e-9
 
 
 # ---------------------------------------------------------------------- the whole operation
@@ -185,7 +183,7 @@ def test_both_streams_of_the_drawn_rows_get_gradient_and_nothing_else_of_full_is
     assert (q_grad[0, sorted(drawn)] != 0).any()
 
 
-def test_strata_cover_a_document_evenly() -> None:
-    rows = sample_rows(DocumentLayout.single(1, 32768), 1 / 16, 1)
-    assert all(b.begin - a.begin < 2 * 8192 for a, b in pairwise(rows.windows))
-    assert len(rows.windows) == 4
+def test_early_tiles_come_with_late_ones() -> None:
+    early, late = sample_rows(DocumentLayout.single(1, 32768), 1 / 16, 1).windows
+    assert early.begin == 32768 - late.end
+    assert early.end <= 16384 <= late.begin

@@ -108,3 +108,7 @@ class SparseSpec:
     def receptive_field(self) -> int:
         """Tokens that a query may read, ``k * S``."""
         return self.block_size * self.num_blocks
+
+    def reads_all(self, length: int) -> bool:
+        """Whether every query of a document of ``length`` tokens selects every block before it: sparse is full."""
+        return self.rule == "exact" and self.max_dropped_mass is None and length <= self.receptive_field

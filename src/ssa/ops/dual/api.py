@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
@@ -13,6 +14,7 @@ from ssa.ops.dual.alignment import Alignment, AlignmentSpec
 from ssa.ops.dual.node import BothStreams, Plan
 from ssa.ops.dual.sampling import sample_rows
 from ssa.ops.dual.streams import full_stream, sparse_stream
+from ssa.ops.full.api import full_attention
 from ssa.ops.full.rows import row_kernel
 from ssa.ops.selection.api import select_blocks
 from ssa.ops.spec import SparseSpec, is_integer
@@ -54,7 +56,8 @@ def ssa_attention(
         seed: of the sampled rows, where ``main`` is ``"sparse"`` and ``alignment.query_fraction`` below 1; another one
             for every step and layer, see :func:`ssa.ops.dual.sampling.sample_rows`.
         scale: logit scale, default ``D ** -0.5``.
-        backend: for selection and sparse attention.
+        backend: for selection and sparse attention. Under "auto" neither runs where every document fits the budget:
+            there both streams are equal, and one is computed.
         full_backend: for full attention.
 
     Returns:
@@ -75,6 +78,8 @@ def ssa_attention(
         )
     layout, scale = resolve_layout("ssa_attention", q, layout), resolve_scale("ssa_attention", q, scale)
     spec, alignment = spec or SparseSpec(), alignment or AlignmentSpec()
+    if block_indices is None and backend == "auto" and spec.reads_all(layout.max_length):
+        return _one_stream(q, k, v, gate, layout, scale, full_backend)
     if block_indices is None:
         block_indices = select_blocks(q, k, spec, layout, scale=scale, backend=backend)
     else:
@@ -92,3 +97,15 @@ def ssa_attention(
     weight = None if gate is None else gate.to(q.dtype)
     out, loss, distance, mass = BothStreams.apply(q, k, v, weight, block_indices, plan)
     return out, Alignment(loss, distance, distance, mass)
+
+
+def _one_stream(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, layout: DocumentLayout, scale: float, backend: str
+) -> tuple[Tensor, Alignment]:
+    """Both streams of documents whose every prefix fits the budget: they are equal, so one is computed."""
+    out = full_attention(q, k, v, layout, scale=scale, backend=backend)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    distance, mass = (torch.full((), x, dtype=wide, device=q.device) for x in (0.0, 1.0))
+    loss = 0.0 * v[0, 0, 0, 0].to(wide)  # of the graph, as the loss of two streams is; v is the smallest that will do
+    gated = out if gate is None else out * gate.to(q.dtype)[..., None]
+    return gated, Alignment(loss, distance, distance, mass)

@@ -3,7 +3,8 @@
 The rows of the batch are cut into tiles that lie inside documents, every 1/f neighbouring tiles form a stratum, and one
 tile of each stratum is drawn, each with the same chance. So every row is drawn with probability exactly f, and a sum
 over the drawn rows divided by f is an unbiased estimate of the sum over all rows (Horvitz and Thompson, 1952).
-A row's cost grows with its place in the document; strata that cover a document evenly keep the cost of a step near f.
+A row's cost, and how far its streams are apart, grow with its place in the document. So both strata of a document
+share one draw, and the second is read backwards: early tiles come with late ones, and every draw costs the same.
 
 No generator state exists: the sample is a function of the layout, the fraction and a seed.
 """
@@ -19,7 +20,6 @@ from ssa.documents import DocumentLayout
 from ssa.ops.full.query_rows import QueryRows, Window
 
 MOST_RUNS = 4  # a batch of at most so many runs of equally long documents is sampled run by run
-STRATA = 4  # of a document, if its tiles stay long enough
 TILE = 128  # rows that a kernel's program computes at once
 
 
@@ -49,16 +49,20 @@ def choose_rows(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) 
     runs = list(layout.runs())
     if len(runs) > MOST_RUNS:
         return _choose_tiles(layout, tiles, pick)
-    windows, stratum = [], 0
-    for first, documents, length in runs:
-        strata = next((m for m in (STRATA, 2) if length >= m * tiles * TILE), 1)
-        for i in range(strata):
-            tile = i * tiles + pick(stratum)
+    windows = []
+    for stratum, (first, documents, length) in enumerate(runs):
+        drawn = pick(stratum)
+        strata = 2 if length >= 2 * tiles * TILE else 1
+        for tile in (drawn, 2 * tiles - 1 - drawn)[:strata]:
             begin, end = (n * length // (strata * tiles) for n in (tile, tile + 1))
             if begin < end:
                 windows.append(Window(first, documents, length, begin, end))
-            stratum += 1
-    return QueryRows(tuple(windows))
+    return _remembered(tuple(windows))
+
+
+@lru_cache(maxsize=64)  # few runs have few samples, which other layers and steps draw again: their tensors are there
+def _remembered(windows: tuple[Window, ...]) -> QueryRows:
+    return QueryRows(windows)
 
 
 def _choose_tiles(layout: DocumentLayout, tiles: int, pick: Callable[[int], int]) -> QueryRows:
