@@ -23,7 +23,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 MAX_TOKENS = 1 << 27  # an entry of the inverted index packs a token and four flags into 31 bits
-MAX_ENTRIES = (1 << 31) - (1 << 11)
+MAX_ENTRIES = (1 << 31) - (1 << 14)  # the rest is for sums beyond the last entry
 LOG2E = math.log2(math.e)
 
 
@@ -144,6 +144,12 @@ def capability(index: int | None) -> tuple[int, int]:
 def small_shared_memory(index: int | None) -> bool:
     """Whether a CUDA device has less than 160 KiB of shared memory per block (compute capability 8.6, 8.9, 12.x)."""
     return torch.cuda.is_available() and capability(index) not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
+
+
+@cache
+def multiprocessors(index: int | None) -> int:
+    """Multiprocessors of a CUDA device; 4 where there is none (the interpreter)."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
 
 
 def rows(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssa.documents import DocumentLayout
 from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_dq_kernel, union_dq_kernel
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
-from ssa.ops.sparse.triton_index import reader_index
+from ssa.ops.sparse.triton_index import LEAST, reader_index
 from ssa.ops.sparse.triton_union import union_kernel
 from ssa.ops.triton_support import (
     LOG2E,
@@ -25,6 +25,7 @@ from ssa.ops.triton_support import (
     aligned,
     ceil_div,
     layout_of,
+    multiprocessors,
     next_power_of_two,
     on_device,
     rows,
@@ -42,11 +43,22 @@ class Tile(NamedTuple):
     how: Launch
 
 
+class Readers(NamedTuple):
+    """How dk and dv of groups of one size are computed: ``tokens`` x ``columns`` (keys) per step, keys as rows of the
+    products or not, ``programs`` per multiprocessor."""
+
+    tokens: int
+    columns: int
+    keys_first: bool
+    programs: int
+    how: Launch
+
+
 class Strategy(NamedTuple):
     """How one shape runs; chosen by :func:`strategy`, measured in docs/kernels.md.
 
     ``tokens`` per union tile; a tile goes to the union kernels if the union of the tile before it has at most ``limit``
-    blocks, else its tokens go to the token kernels. ``readers``: tokens per step of dk/dv.
+    blocks, else its tokens go to the token kernels. ``dkv``: for groups of 1, 2 and 4 blocks.
     """
 
     tokens: int
@@ -55,8 +67,7 @@ class Strategy(NamedTuple):
     union_dq: Tile
     token_forward: Tile
     token_dq: Tile
-    readers: int
-    dkv: Tile
+    dkv: tuple[Readers, Readers, Readers]
     merge: bool
 
 
@@ -73,6 +84,9 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     wide = 64 if DP <= 64 or (DP <= 128 and not small) else 32
     token = Tile(32 if DP <= 128 else 16, Launch(1))
     columns = 64 if DP <= 128 else 16
+    columns = max(16, columns // 2) if small else columns
+    how = Launch(4, 3 if DP <= 64 and not small else 2)
+    readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, 4, how)
     return Strategy(
         tokens=tokens,
         limit=max(slots * 3 // 2, tokens * slots // 2),
@@ -82,8 +96,7 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
         union_dq=Tile(32, Launch(warps, 3, 96)) if narrow else Tile(wide, Launch(warps)),
         token_forward=token,
         token_dq=token,
-        readers=max(1, (64 if DP <= 128 else 32) // GP),
-        dkv=Tile(max(16, columns // 2) if small else columns, Launch(4, 3 if DP <= 64 and not small else 2)),
+        dkv=(readers, readers, readers),
         merge=S <= 32,
     )
 
@@ -236,18 +249,24 @@ def _backward(
     grid = layout.block_grid(4 * block_size, q.device)
     super_start, supers = grid.block_start, grid.num_blocks
     word_offset, words = _bitmap_rows(layout, block_size, str(q.device))
-    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
+    processors = multiprocessors(q.device.index)
+    one, two, four = (4 * ceil_div(processors * readers.programs, 4) for readers in plan.dkv)
+    programs = (one, two, four)  # multiples of 4, so that the parts of `first_work` are aligned
+    index = reader_index(
+        indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge, programs
+    )
     part_rows = index.units * x.S
+    narrow = x.N * max(q_strides[0], d_strides[0], 8 * x.H) < 1 << 34  # offsets in units of 8 elements fit in 32 bits
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=q.device)
-    tile = plan.dkv
-    arguments = (
-        q, k, v, d_out, lse, delta, index.entry, index.work, index.work_offset, super_start, part, *strides,
-        x.H, x.K, supers, part_rows, x.c,
-    )  # fmt: skip
-    for level, most_works in enumerate(index.most_works):
-        key_rows = min(x.S << level, tile.columns)
-        constants = (x.D, x.DP, x.S, x.G, x.GP, 1 << level, key_rows, plan.readers)
-        launch(dkv_kernel, (most_works, (x.S << level) // key_rows, 1), arguments, constants, tile.how)
+    for level, (tokens, columns, keys_first, _, how) in list(enumerate(plan.dkv))[: index.sizes]:
+        first_work = index.first_work[sum(programs[:level]) :]
+        arguments = (
+            q, k, v, d_out, lse, delta, index.entry, index.entry_offset, index.work, index.work_offset, first_work,
+            super_start, part, *strides, x.H, x.K, supers, part_rows, x.c,
+        )  # fmt: skip
+        key_rows = min(x.S << level, columns)
+        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, LEAST, narrow)
+        launch(dkv_kernel, (programs[level], (x.S << level) // key_rows, 1), arguments, constants, how)
     arguments = (part, index.work_offset, index.level, super_start, dk, dv, x.K, supers, part_rows)
     launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S), Launch(4))
     return dq, dk, dv
