@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
+from ssa.ops.sparse import triton_index
 from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_dq_kernel, union_dq_kernel
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
-from ssa.ops.sparse.triton_index import LEAST, reader_index
 from ssa.ops.sparse.triton_union import union_kernel
 from ssa.ops.triton_support import (
     LOG2E,
@@ -252,7 +252,7 @@ def _backward(
     processors = multiprocessors(q.device.index)
     one, two, four = (4 * ceil_div(processors * readers.programs, 4) for readers in plan.dkv)
     programs = (one, two, four)  # multiples of 4, so that the parts of `first_work` are aligned
-    index = reader_index(
+    index = triton_index.reader_index(
         indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge, programs
     )
     part_rows = index.units * x.S
@@ -265,7 +265,7 @@ def _backward(
             super_start, part, *strides, x.H, x.K, supers, part_rows, x.c,
         )  # fmt: skip
         key_rows = min(x.S << level, columns)
-        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, LEAST, narrow)
+        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, triton_index.SEGMENT, narrow)
         launch(dkv_kernel, (programs[level], (x.S << level) // key_rows, 1), arguments, constants, how)
     arguments = (part, index.work_offset, index.level, super_start, dk, dv, x.K, supers, part_rows)
     launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S), Launch(4))

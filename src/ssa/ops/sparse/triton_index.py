@@ -23,7 +23,7 @@ from torch import Tensor
 from ssa.ops.triton_support import Launch, Launcher, ceil_div
 
 BITMAP_BYTES = 1 << 30  # at most; beyond it the index is sorted
-LEAST = 64  # readers that a program takes at least
+SEGMENT = 64  # readers that a program takes at least
 WORDS = 128  # bitmap words per step of a program
 GROUP_COST = (16, 26, 40)  # cost of one reader of a group of 1, 2, 4 blocks, in sixteenths (docs/kernels.md)
 
@@ -289,7 +289,7 @@ def reader_index(
     integers = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
     entry_offset, work_offset = integers(7 * Z + 1), integers(7 * Z + 1)
     work, first_work = integers(4 * Z + sum(programs), 3), integers(sum(programs))
-    cuts = (*programs, LEAST)
+    cuts = (*programs, SEGMENT)
     if fits:
         level, count, entry = integers(Z), integers(7 * Z), integers(entries)
         bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
