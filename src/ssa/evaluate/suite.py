@@ -92,6 +92,10 @@ def run_suite(
     documents = read_documents(dataset, tokenizer.bos_token_id, plan.document_tokens)
     trained = int(model.config.max_position_embeddings)
     found: dict[str, Any] = {"sliding": [], "words": [], "needle": [], "attention": [], "selection": []}
+    tasks: dict[int, Any] = {}
+    if plan.needle_forms:
+        text = haystack if haystack is not None else _decoded(tokenizer, documents)
+        tasks = _tasks(plan, text, tokenizer)
     places = [(length, scaling) for length in plan.lengths for scaling in plan.ways(length, trained)]
     for length, scaling in places:
         say(f"sliding window of {length}")
@@ -102,8 +106,7 @@ def run_suite(
             ]
         if plan.needle_forms:
             say(f"needles in {length}")
-            text = haystack if haystack is not None else _decoded(tokenizer, documents)
-            found["needle"] += needle_results(model, _tasks(plan, text, tokenizer, length), settings, scaling)
+            found["needle"] += needle_results(model, {length: tasks[length]}, settings, scaling)
         if any(len(d) >= length for d in documents):
             say(f"attention at {length}")
             found["attention"] += _attention(model, documents, plan, length, scaling)
@@ -151,11 +154,11 @@ def _attention(
     return found
 
 
-def _tasks(plan: SuitePlan, text: str, tokenizer: Any, length: int) -> dict[int, Any]:
+def _tasks(plan: SuitePlan, text: str, tokenizer: Any) -> dict[int, Any]:
     return make_tasks(
         text,
         tokenizer,
-        [length],
+        plan.lengths,
         forms=plan.needle_forms,
         depths=DEPTHS,
         samples=plan.needle_samples,
