@@ -158,3 +158,25 @@ def test_refuses_a_bad_size(branch: str, size: Any) -> None:
     name = "window" if branch == "window" else "block_size"
     with pytest.raises(InputError, match=f"{branch}_attention.{name}: got {size!r}; expected an integer of at least 1"):
         BRANCHES[branch][0](*qkv(DocumentLayout.single(1, 4)), size)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Any, scale: float) -> Tensor:
+    return nsa._fused_attention(q, k, v, visible(slice(0, q.shape[1])), scale)
+
+
+@pytest.mark.parametrize("branch", ["compression", "window"])
+def test_the_fused_form_is_the_same_operation(branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where the readable form would run, in float64: the outputs and gradients are the same."""
+    layout = DocumentLayout.from_lengths([[7, 33, 40], [80]])
+    results = []
+    for fused in (False, True):
+        q, k, v = leaves(*qkv(layout, heads=4, kv_heads=2, dim=8))
+        if fused:
+            monkeypatch.setattr(nsa, "_masked_attention", _fused)
+        if branch == "compression":
+            out = compressed_attention(q, k, v, 8, layout)
+        else:
+            out = window_attention(q, k, v, 12, layout)
+        results.append((out, *torch.autograd.grad((out * out).sum(), (q, k, v))))
+    for readable, fused_result in zip(*results, strict=True):
+        torch.testing.assert_close(fused_result, readable, **EXACT)

@@ -111,6 +111,8 @@ Visible = Callable[[slice], Tensor]
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> Tensor:
     """``q [n, L, H, D]`` over ``k, v [n, M, K, D]`` where ``visible``; rows that see nothing give 0."""
     n, L, H, _ = q.shape
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _fused_attention(q, k, v, visible(slice(0, L)), scale)
     step = max(1, CHUNK_ELEMENTS // (n * H * k.shape[1]))
     chunks = []
     for first in range(0, L, step):
@@ -119,6 +121,21 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: 
             return _masked_chunk(q, k, v, visible, part, scale)
         chunks.append(checkpoint(_masked_chunk, q[:, part], k, v, visible, part, scale, use_reentrant=False))
     return torch.cat(chunks, 1)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same through PyTorch's attention with a mask, in one kernel where it has one: a GPU in low precision.
+
+    Args:
+        mask: bool ``[L, M]`` or ``[n, 1, 1, L, M]``.
+    """
+    n, H = q.shape[0], q.shape[2]
+    mask = mask.view(-1, 1, *mask.shape[-2:])  # [n or 1, 1, L, M]
+    sees = mask.any(-1, keepdim=True)
+    mask = (mask | ~sees).expand(n, H, -1, -1)  # a softmax over nothing is NaN; its row becomes 0 below
+    q, k, v = (x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return (out * sees).transpose(1, 2)
 
 
 def _masked_chunk(q: Tensor, k: Tensor, v: Tensor, visible: Visible, rows: slice, scale: float) -> Tensor:
