@@ -46,7 +46,7 @@ SHAPES = {
         Workload("1B-8K-random", ((8192,),) * 4, inputs="random"),
     )
 }
-SELECTING = ("lse", "score", "slab")  # variants that change the selection's kernels
+SELECTING = ("lse", "score", "refine", "slab", "passes")  # variants that change the selection's kernels
 AGREE = 4e-3  # relative difference of results in bfloat16
 Variant = tuple[str, str, dict[str, Any]]  # kernel, label, what to change
 
@@ -57,15 +57,23 @@ def variants(D: int) -> list[Variant]:
     found: list[Variant] = [("shipped", "", {})]
     narrow = D <= 64
     for BT, BN, *how in (
-        (128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3, 112), (128, 64, 4, 3, 96),
-        (64, 64, 4, 3, 80), (64, 64, 4, 3, 64), (64, 128, 4, 3),
+        (128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3, 80), (128, 64, 4, 3, 96),
+        (128, 64, 8, 2),
     ):  # fmt: skip
         found.append(("lse", f"{BT}x{BN} {how}", {"lse": TileConfig(BT, BN, Launch(*how))}))
     for BT, BN, *how in (
-        (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 64, 4, 3, 96), (64, 64, 4, 3, 80), (64, 32, 4, 3),
-        (64, 128, 4, 3), (64, 128, 4, 3, 168), (128, 64, 4, 3), (128, 64, 4, 3, 168),
+        (64, 64, 4, 3, 96), (64, 64, 4, 3, 112), (64, 64, 4, 2, 128), (64, 64, 4, 3), (64, 64, 4, 4, 128),
+        (64, 32, 4, 3, 96), (64, 32, 4, 3), (64, 128, 4, 3, 168), (64, 128, 4, 2), (128, 64, 4, 3, 168),
+        (64, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2, 128), (128, 32, 4, 3, 128),
+        (64, 64, 8, 3), (256, 64, 8, 2, 168),
     ):  # fmt: skip
         found.append(("score", f"{BT}x{BN} {how}", {"score": TileConfig(BT, BN, Launch(*how))}))
+    for CT, registers in ((32, 64), (32, 80), (32, 96), (32, None), (64, 96), (64, 112), (64, None)):
+        found.append(("refine", f"{CT} {registers}", {"refine": (CT, registers)}))
+    found.append(("passes", "two", {"one_pass": 1 << 30}))
+    found.append(("passes", "one", {"one_pass": 0}))
+    for blocks in (4, 8):
+        found.append(("passes", f"one, chunks of {blocks}", {"one_pass": 0, "coarse": blocks}))
     for bits in (26, 28):
         found.append(("slab", f"2^{bits}", {"slab": 1 << bits}))
     tiles = (
@@ -97,30 +105,28 @@ def variants(D: int) -> list[Variant]:
 @contextmanager
 def applied(change: dict[str, Any]) -> Iterator[None]:
     """Run the operations with a change of their configuration."""
-    old = (
-        selection.lse_config, selection.score_config, selection.SLAB_ELEMENTS, sparse.strategy,
-        triton_index.GROUP_COST, triton_index.SEGMENT,
-    )  # fmt: skip
+    named = ("lse_config", "score_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS", "COARSE_BLOCKS")
+    settings = {name: getattr(selection, name) for name in named}
+    old = sparse.strategy, triton_index.GROUP_COST, triton_index.SEGMENT
     fields = {k: v for k, v in change.items() if k in sparse.Strategy._fields}
 
     def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) -> sparse.Strategy:
-        plan = old[3](H, K, D, S, slots, small)._replace(**fields)
+        plan = old[0](H, K, D, S, slots, small)._replace(**fields)
         return plan if "limit" in fields else plan._replace(limit=max(slots * 3 // 2, plan.tokens * slots // 2))
 
-    if "lse" in change:
-        selection.lse_config = lambda *_: change["lse"]
-    if "score" in change:
-        selection.score_config = lambda *_: change["score"]
-    selection.SLAB_ELEMENTS = change.get("slab", old[2])
+    for name, key in zip(named, ("lse", "score", "refine", "slab", "one_pass", "coarse"), strict=True):
+        if key in change:
+            setattr(selection, name, (lambda *_, x=change[key]: x) if name.endswith("config") else change[key])
     sparse.strategy = strategy
-    triton_index.GROUP_COST = change.get("cost", old[4])
-    triton_index.SEGMENT = change.get("segment", old[5])
+    triton_index.GROUP_COST = change.get("cost", old[1])
+    triton_index.SEGMENT = change.get("segment", old[2])
     selection._slabs.cache_clear()
     try:
         yield
     finally:
-        selection.lse_config, selection.score_config, selection.SLAB_ELEMENTS, sparse.strategy = old[:4]
-        triton_index.GROUP_COST, triton_index.SEGMENT = old[4:]
+        for name, value in settings.items():
+            setattr(selection, name, value)
+        sparse.strategy, triton_index.GROUP_COST, triton_index.SEGMENT = old
         selection._slabs.cache_clear()
 
 
@@ -194,8 +200,10 @@ def kernel_times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     }
 
 
+SELECTION = ("lse_kernel", "score_kernel", "normalise_kernel", "refine_kernel", "select_kernel")
 COUNTED = {
-    "lse": ("lse_kernel",), "score": ("score_kernel", "select_kernel"), "slab": ("score_kernel", "select_kernel"),
+    "lse": ("lse_kernel", "refine_kernel"), "score": ("score_kernel", "normalise_kernel"),
+    "refine": ("refine_kernel",), "slab": SELECTION, "passes": SELECTION,
     "union": ("union_kernel", "union_forward_kernel", "union_dq_kernel"),
     "token": ("token_forward_kernel", "token_dq_kernel"), "segment": ("dkv_kernel", "dkv_reduce_kernel"),
 }  # fmt: skip

@@ -119,6 +119,12 @@ def select(q: Tensor, k: Tensor, shape: Shape, layout: DocumentLayout | None = N
     return select_blocks(q, k, SparseSpec(shape.S, shape.k, **options), layout, backend="triton")
 
 
+@pytest.fixture(params=[0, 1 << 30], ids=["one pass", "two passes"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selection both ways, whatever the lengths."""
+    monkeypatch.setattr("ssa.ops.selection.triton.ONE_PASS_TOKENS", request.param)
+
+
 @pytest.fixture(autouse=True)
 def _release() -> Iterator[None]:
     yield
@@ -175,12 +181,32 @@ def assert_selection(q: Tensor, k: Tensor, shape: Shape, layout: DocumentLayout,
     assert not wrong.any(), f"{int(wrong.sum())} rows"
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_selection_is_the_true_top_k(shape: Shape) -> None:
     q, k, _, _ = inputs(shape, PACKED)
     assert_selection(q, k, shape, PACKED, select(q, k, shape, PACKED))
 
 
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("spike", [None, 0.0, 5.0, 100.0, 1e4])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[7]], ids=str)
+def test_selection_of_long_documents(shape: Shape, spike: float | None) -> None:
+    """Also with keys that the mean key of their neighbours hides, up to logits that overflow any guess; and with equal
+    keys (0), where all scores tie."""
+    layout = DocumentLayout.from_lengths([6000, 2192])
+    q, k, _, _ = inputs(shape, layout)
+    if spike is not None:
+        place = torch.randint(0, 8192 // shape.S, (12,), device="cuda") * shape.S
+        for i in range(shape.S):
+            k[:, place + i] = (spike * q[:, place // 2 + 4000, :: shape.H // shape.K]).to(k.dtype)
+    if spike == 0.0:
+        k.fill_(0.5)
+    if spike != 1e4 or shape.dtype != torch.float16:  # float16 keys would overflow
+        assert_selection(q, k, shape, layout, select(q, k, shape, layout))
+
+
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("options", [{"first_blocks": 1, "local_blocks": 2}, {"rule": "official"}], ids=str)
 def test_other_rules_agree_with_the_reference(options: dict[str, Any]) -> None:
     shape = Shape(8, 2, 64, 16, 12, torch.float32)
@@ -191,8 +217,8 @@ def test_other_rules_agree_with_the_reference(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_random_shapes(part: int) -> None:
-    """200 random batches each: lengths, documents, budgets, strides."""
+def test_random_shapes(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 random batches each: lengths, documents, budgets, strides; every second one selects in one pass."""
     chance = random.Random(part)
     H, K, D, S = [
         (16, 1, 64, 16), (8, 2, 128, 16), (4, 4, 32, 32), (32, 2, 64, 16), (3, 1, 80, 16),
@@ -200,6 +226,7 @@ def test_random_shapes(part: int) -> None:
     ][part]  # fmt: skip
     dtype = torch.float16 if part % 3 == 2 else torch.bfloat16
     for seed in range(200):
+        monkeypatch.setattr("ssa.ops.selection.triton.ONE_PASS_TOKENS", 0 if seed % 2 else 1 << 30)
         rows = chance.randint(1, 2)
         lengths = [max(1, chance.choice([chance.randint(1, 5 * S), S, S - 1, S + 1, 2 * S, 1])) for _ in range(3)]
         layout = DocumentLayout.from_lengths([lengths, lengths[::-1]][:rows])
@@ -230,6 +257,7 @@ def test_fifty_reruns_are_bit_equal(shape: Shape) -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, results, strict=True))
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_packed_equals_separate(shape: Shape) -> None:
     q, k, v, d_out = inputs(shape, PACKED)
@@ -244,6 +272,7 @@ def test_packed_equals_separate(shape: Shape) -> None:
         start += length
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 @pytest.mark.parametrize("correlation", [0.0, 0.95])
 def test_the_future_and_other_documents_change_no_bit(shape: Shape, correlation: float) -> None:

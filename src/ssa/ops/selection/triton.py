@@ -49,11 +49,17 @@ def lse_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
 
 
 @cache
-def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
-    """As :func:`lse_config`; the token tile of both kernels may differ."""
+def score_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileConfig:
+    """As :func:`lse_config`; sums beside the scores need more registers."""
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 64, Launch(4, 2))
-    return TileConfig(64, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
+    return TileConfig(64, 64, Launch(4, 3, 128 if guess else 96) if D <= 64 else Launch(4, 2))
+
+
+@cache
+def refine_config(D: int, free: int) -> tuple[int, int | None]:
+    """Blocks scored again at a time, of which ``free`` are kept; registers per thread."""
+    return max(32, 2 * next_power_of_two(free)), 80 if D <= 64 and free <= 16 else None
 
 
 def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout, scale: float) -> Tensor:
@@ -134,7 +140,7 @@ def _select(
     constants: tuple[Any, ...] = (D, DP, S, config.tokens, config.blocks, COARSE_BLOCKS, guess)
     launch(lse_kernel, (tiles, H, 1), arguments, constants, config.how)
 
-    config = score_config(D, where)
+    config = score_config(D, where, guess)
     tile_start = layout.block_grid(config.tokens, device).block_start
     slabs = _slabs(layout, S, K, config)
     width, chunk = slabs[0], chunk_blocks(slabs[0], S, official)
@@ -160,7 +166,7 @@ def _select(
         )  # fmt: skip
         launch(score_kernel, size, arguments, (D, DP, S, config.tokens, config.blocks, chunk, guess), config.how)
         NCH = max(4, next_power_of_two(ceil_div(seen, chunk)))
-        how, constants = Launch(min(8, max(1, max(NCH, KP * chunk) // 1024))), (NCH, chunk, KP, KP2)
+        warps, constants = min(8, max(1, max(NCH, KP * chunk) // 1024)), (NCH, chunk, KP, KP2)
         if guess:
             arguments = (
                 q, pooled, lse, part, true_lse, share, tile_start, starts, first_block, tile, row, rows_at_most,
@@ -172,13 +178,13 @@ def _select(
                 q, pooled, true_lse, share, score, chunk_max, out, starts, first_block, row, *q_stride, K, width,
                 num_blocks, c, first_blocks, local_blocks, G,
             )  # fmt: skip
-            CT = max(64 if D <= 64 else 32, 2 * KP)
-            launch(refine_kernel, (count, K, 1), arguments, (D, DP, S, *constants, GP, CT), how)
+            CT, registers = refine_config(D, free)
+            launch(refine_kernel, (count, K, 1), arguments, (D, DP, S, *constants, GP, CT), Launch(warps, 2, registers))
         else:
             forced = () if official else (first_blocks, local_blocks)
             arguments = (score, chunk_max, out, starts, row, K, width, num_blocks, *forced)
             kernel = select_official_kernel if official else select_kernel
-            launch(kernel, (count, K, 1), arguments, (S, *constants), how)
+            launch(kernel, (count, K, 1), arguments, (S, *constants), Launch(warps))
     return out
 
 

@@ -100,9 +100,7 @@ def _masked_logits(q_td, keys, block, complete, most, stride, c, D: tl.constexpr
 
 
 @triton.jit
-def _lse_with_maximum(
-    q_td, keys, complete, most, stride, c, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr
-):
+def _lse_with_maximum(q_td, keys, complete, most, stride, c, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
     """L of rows with any logits, in two walks over the blocks."""
     n = tl.arange(0, 16)
     top = tl.full([BT], -1e30, tl.float32)
@@ -182,9 +180,9 @@ def lse_kernel(
         s_tn = tl.dot(q_td, tl.trans(k_nd), input_precision="ieee")
         between += tl.sum(tl.exp2(s_tn * c - m[:, None]), 1)
     if full < hi:
-        all_of_them = tl.full([BT], 0, tl.int32) + hi
-        x_tn = _masked_logits(q_td, middle, full + n, all_of_them, hi, stride, c, D, DP)
-        between += tl.sum(tl.exp2(x_tn - m[:, None]), 1)
+        everyone = tl.full([BT], 0, tl.int32) + hi
+        rest_tn = _masked_logits(q_td, middle, full + n, everyone, hi, stride, c, D, DP)
+        between += tl.sum(tl.exp2(rest_tn - m[:, None]), 1)
     l += weight * between
     out = lse_ptr + head.to(tl.int64) * N + row
     if GUESS:
@@ -197,52 +195,7 @@ def lse_kernel(
             tl.store(out, again, mask=(t < rows) & (fits == 0))
 
 
-@triton.jit
-def _tile_scores(
-    q_ptr,
-    k_nd,
-    lse_ptr,
-    part_ptr,
-    row,
-    live,
-    block,
-    complete,
-    q_row,
-    q_head,
-    N,
-    part_head,
-    kv_head,
-    c,
-    G,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    SUMS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Scores ``[t, n]``: the keys stay, the loop runs over the group's heads and stores each one's sums over n."""
-    d = tl.arange(0, DP)
-    score_tn = tl.zeros([BT, BN], tl.float32)
-    live_td = live[:, None] & (d < D)[None, :]
-    lse = tl.load(lse_ptr, mask=live, other=float("inf"))
-    for g in range(G):
-        q_td = tl.load(q_ptr + row[:, None] * q_row + (kv_head * G + g) * q_head + d[None, :], mask=live_td, other=0.0)
-        next_lse = tl.load(lse_ptr + tl.minimum(g + 1, G - 1).to(tl.int64) * N, mask=live, other=float("inf"))
-        e_tn = tl.exp2(tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None])
-        if MASKED:
-            e_tn = tl.where(block[None, :] < complete[:, None], e_tn, 0.0)
-        score_tn += e_tn
-        if SUMS:
-            tl.store(part_ptr, tl.sum(e_tn, 1), mask=live)
-            part_ptr += part_head
-        lse = next_lse
-    return score_tn
-
-
-@triton.jit(
-    do_not_specialize=["tile0", "num_tiles", "slab_row0", "slab_rows", "N", "first_blocks", "local_blocks"]
-)
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "slab_row0", "slab_rows", "N", "first_blocks", "local_blocks"])
 def score_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
@@ -274,7 +227,7 @@ def score_kernel(
     CS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Scores of one tile of tokens x one tile of blocks."""
+    """Scores of one tile of tokens x one tile of blocks: the keys stay, the loop runs over the group's heads."""
     kv_head = tl.program_id(2)
     row0, rows, position0, first_block = _tile(
         tile0 + num_tiles - 1 - tl.program_id(1), tile_start_ptr, starts_ptr, first_block_ptr
@@ -299,22 +252,21 @@ def score_kernel(
     part_head = tl.zeros([], tl.int64) + slab_rows
     part_ptr += (tl.program_id(0).to(tl.int64) * K * G + head0) * part_head + row - slab_row0
     complete = (position0 + t + 1) // S
-    if SUMS:
-        if n0 + BN <= (position0 + 1) // S:
-            score_tn = _tile_scores(
-                q_ptr, k_nd, lse_ptr, part_ptr, row, live, block, complete, q_row, q_head, N, part_head, kv_head, c, G,
-                D, DP, BT, BN, True, False,
-            )  # fmt: skip
-        else:
-            score_tn = _tile_scores(
-                q_ptr, k_nd, lse_ptr, part_ptr, row, live, block, complete, q_row, q_head, N, part_head, kv_head, c, G,
-                D, DP, BT, BN, True, True,
-            )  # fmt: skip
-    else:
-        score_tn = _tile_scores(
-            q_ptr, k_nd, lse_ptr, part_ptr, row, live, block, complete, q_row, q_head, N, part_head, kv_head, c, G,
-            D, DP, BT, BN, False, False,
-        )  # fmt: skip
+    interior = n0 + BN <= (position0 + 1) // S  # all blocks are complete at all tokens
+    score_tn = tl.zeros([BT, BN], tl.float32)
+    live_td = live[:, None] & (d < D)[None, :]
+    lse = tl.load(lse_ptr, mask=live, other=float("inf"))
+    for g in range(G):
+        q_td = tl.load(q_ptr + row[:, None] * q_row + (kv_head * G + g) * q_head + d[None, :], mask=live_td, other=0.0)
+        next_lse = tl.load(lse_ptr + tl.minimum(g + 1, G - 1).to(tl.int64) * N, mask=live, other=float("inf"))
+        e_tn = tl.exp2(tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None])
+        score_tn += e_tn
+        if SUMS:
+            if not interior:
+                e_tn = tl.where(block[None, :] < complete[:, None], e_tn, 0.0)
+            tl.store(part_ptr, tl.sum(e_tn, 1), mask=live)
+            part_ptr += part_head
+        lse = next_lse
     slab_row = ((row - slab_row0) * K + kv_head) * NC
     tl.store(score_ptr + slab_row[:, None] + block[None, :], score_tn, mask=live[:, None])
     end = (position0 + t) // S + 1 - local_blocks

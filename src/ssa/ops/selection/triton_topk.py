@@ -134,9 +134,7 @@ def _score_of(key):
 
 
 @triton.jit
-def _list_candidates(
-    score_row, chunk_row, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
-):
+def _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr):
     """Write the blocks in ``[lo, hi)`` whose key reaches ``threshold`` over the row's scores, ascending; their number.
 
     The list of chunks that hold one goes over the row's chunk maxima. Both lists stay behind what is still to be read.
@@ -245,10 +243,10 @@ def refine_kernel(
     score_row, chunk_row = score_ptr + slab_row * NC, chunk_max_ptr + slab_row * NC // CS
     forced_first = tl.minimum(first_blocks, own + 1)
     lo, hi, need = first_blocks, own + 1 - local_blocks, k - first_blocks - local_blocks
-    block, key, taken = _best_of_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
+    guessed, key, taken = _best_of_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
     tl.debug_barrier()
     if (hi - lo <= need) | (need == 0):
-        _emit(out, forced_first, block, taken, own, local_blocks, k, KP2)
+        _emit(out, forced_first, guessed, taken, own, local_blocks, k, KP2)
     else:
         score, share = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF)), tl.load(share_ptr + slab_row)
         threshold = _key(tl.where((share > 0) & (score > TINY), score * share, 0.0))
