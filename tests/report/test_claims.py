@@ -9,8 +9,10 @@ from ssa.errors import ConfigError, DataError
 from ssa.report import claims_markdown, read_study, write_study
 from ssa.report.claims import Verdict, all_claims, judge, judge_equal, together
 from ssa.report.findings import all_tables
+from ssa.report.interval_plot import PANELS, difference, interval_figure
 from ssa.report.intervals import Interval, interval, paired
 from ssa.report.own_claims import own_claims
+from ssa.report.study import Study
 from ssa.report.study_text import effort
 
 NOT_THERE = Interval(math.nan, math.nan, math.nan, 0)
@@ -197,6 +199,16 @@ def test_the_summary_goes_between_its_marks(study, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_figure_of_intervals_pairs_seeds(study):
+    first = difference(study, "moba", *PANELS["Perplexity, full, %"])
+    assert (first.mean, first.count) == (pytest.approx(100 * (1.05 / 0.995 - 1)), 3)
+    assert first.high - first.low < 1e-6
+    sparsity = difference(study, "ssa", *PANELS["AttnSparsity"])
+    assert sparsity.low > 0
+    assert interval_figure(study) is not None
+    assert interval_figure(Study(())) is None
+
+
 def test_tables(study):
     fractions, rules, ablations = all_tables(study)
     assert [row[0] for row in fractions.rows] == ["1 (exact)", "1/8"]
@@ -211,7 +223,7 @@ def test_page_and_markdown(study, tmp_path):
     written = write_study(study, tmp_path / "out", tmp_path / "docs" / "claims.md")
     assert [path.name for path in written] == ["report.html", "claims.md", "claims.md"]
     page, text = (path.read_text() for path in written[:2])
-    assert page.count("<figure>") == 7  # no training curves here
+    assert page.count("<figure>") == 8  # no training curves here
     assert "1 pieces failed and are left out" in text
     assert text == written[2].read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]

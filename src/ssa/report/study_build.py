@@ -27,11 +27,13 @@ def write_study(
     if summary is not None:
         put_summary(read_text(summary), study, str(summary))  # refused before anything is written
     require("matplotlib", "jinja2")
+    from ssa.report.interval_plot import interval_figure
     from ssa.report.page import render_page
     from ssa.report.plots import all_figures
     from ssa.report.study_plots import study_figures
 
-    figures = [*all_figures(study.core), *study_figures(study)]
+    resolved = interval_figure(study)
+    figures = [*([resolved] if resolved else []), *all_figures(study.core), *study_figures(study)]
     page = out / "report.html"
     write_file(page, render_page(study.core, figures, study).encode("utf-8"))
     written = [page]
