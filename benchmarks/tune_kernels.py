@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,15 +88,6 @@ def variants(D: int) -> list[Variant]:
     for BN, *how in ((32, 1, 2), (64, 1, 2), (32, 1, 3)):
         tile = Tile(BN, Launch(*how))
         found.append(("token", f"BN{BN} {how}", {"limit": -1, "token_forward": tile, "token_dq": tile}))
-    readers = (
-        (4, 64, 4, 3), (4, 64, 4, 2), (4, 64, 4, 3, 168), (4, 64, 4, 4), (8, 64, 4, 2),
-    ) if narrow else (
-        (16, 64, 4, 2), (16, 32, 4, 2), (16, 64, 4, 3), (16, 64, 4, 2, 168), (8, 64, 4, 2),
-    )  # fmt: skip
-    for TQ, CT, *how in readers:
-        for level, cost in ((1, (1, 99, 99)), (2, (2, 1, 99)), (4, (4, 99, 1))):
-            change = {"readers": TQ, "dkv": Tile(CT, Launch(*how)), "cost": cost}
-            found.append((f"dkv{level}", f"TQ{TQ} CT{CT} {how}", change))
     for segment in (128, 512):
         found.append(("segment", str(segment), {"segment": segment}))
     return found
@@ -162,7 +153,7 @@ def disagreement(mine: Any, expected: Any) -> float:
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(mine, expected, strict=True))
 
 
-def check_share(D: int, part: int, parts: int, out: Path) -> None:
+def check_share(D: int, part: int, parts: int, out: Path, kernels: Sequence[str]) -> None:
     """A worker's share of the variants: errors as text, by the number of the variant."""
     device = torch.device("cuda")
     shape = SHAPES["1B-8K"] if D == 64 else SHAPES["8B-8K"]
@@ -171,7 +162,7 @@ def check_share(D: int, part: int, parts: int, out: Path) -> None:
     expected = {kernel: [case.of(kernel)() for case in cases] for kernel in ("lse", "union")}
     results: dict[int, str] = {}
     for i, (kernel, _, change) in enumerate(variants(D)):
-        if i % parts != part or kernel == "shipped":
+        if i % parts != part or kernel == "shipped" or (kernels and kernel not in kernels):
             continue
         try:
             with applied(change):
@@ -264,16 +255,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--budget", type=float, default=18.0, help="seconds per shape")
+    parser.add_argument("--kernels", nargs="*", default=[], help="try variants of these alone; default all")
     parser.add_argument("--share", nargs=3, type=int, help=argparse.SUPPRESS)  # head dim, part, parts: a worker
     arguments = parser.parse_args()
     if arguments.share:
-        check_share(*arguments.share, arguments.out)
+        check_share(*arguments.share, arguments.out, arguments.kernels)
         return
     start = time.perf_counter()
     half = max(1, arguments.workers // 2)
     files = {(D, i): arguments.out.with_suffix(f".{D}.{i}.tmp") for D in (64, 128) for i in range(half)}
     workers = [
-        subprocess.Popen([sys.executable, __file__, "--out", str(f), "--share", str(D), str(i), str(half)])
+        subprocess.Popen(
+            [sys.executable, __file__, "--out", str(f), "--share", str(D), str(i), str(half)]
+            + ["--kernels", *arguments.kernels]
+        )
         for (D, i), f in files.items()
     ]
     for worker in workers:
