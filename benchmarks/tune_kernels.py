@@ -264,10 +264,21 @@ def main() -> None:
     start = time.perf_counter()
     half = max(1, arguments.workers // 2)
     files = {(D, i): arguments.out.with_suffix(f".{D}.{i}.tmp") for D in (64, 128) for i in range(half)}
+    again = [sys.executable, __file__, "--kernels", *arguments.kernels]
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, "--out", str(f), "--share", str(D), str(i), str(half)]
-            + ["--kernels", *arguments.kernels]
+            [
+                sys.executable,
+                __file__,
+                "--out",
+                f,
+                "--share",
+                str(D),
+                str(i),
+                str(half),
+                "--kernels",
+                *arguments.kernels,
+            ]
         )
         for (D, i), f in files.items()
     ]
