@@ -266,21 +266,7 @@ def main() -> None:
     files = {(D, i): arguments.out.with_suffix(f".{D}.{i}.tmp") for D in (64, 128) for i in range(half)}
     again = [sys.executable, __file__, "--kernels", *arguments.kernels]
     workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                "--out",
-                f,
-                "--share",
-                str(D),
-                str(i),
-                str(half),
-                "--kernels",
-                *arguments.kernels,
-            ]
-        )
-        for (D, i), f in files.items()
+        subprocess.Popen([*again, "--out", str(f), "--share", str(D), str(i), str(half)]) for (D, i), f in files.items()
     ]
     for worker in workers:
         worker.wait()

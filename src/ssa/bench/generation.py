@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssa.bench.runner import Options, Record, milliseconds, one_line
+from ssa.bench.runner import Options, Record, kernels, milliseconds, one_line
 from ssa.bench.timing import Timing, measure
 from ssa.errors import InputError, SSAError
 from ssa.model import SSAConfig, SSAForCausalLM
@@ -145,10 +145,10 @@ def _run(model: SSAForCausalLM, errors: Errors | Exception, case: Case, options:
     for mode in MODES:
         try:
             with torch.no_grad(), model.attention_mode(mode):
-                timing = timed(options)
+                timing, stages = timed(options)
             yield {
                 "mode": mode, "status": "ok", "check": {"errors": {n: list(e) for n, e in errors.items()}},
-                "timing": asdict(timing),
+                "timing": asdict(timing), "kernels": stages,
             }  # fmt: skip
         except (SSAError, RuntimeError) as error:
             yield {"mode": mode, **_failure(error)}
@@ -174,6 +174,8 @@ def _reported(records: list[Record], options: Options) -> list[Record]:
         if record["backend"] == "sparse" and mine and full:
             record["ratio"] = {"value": min(full)[0] / mine, "baseline": min(full)[1]}
         options.say(one_line(record) + _per_second(record))
+        for row in record.get("kernels", [])[:12]:
+            options.say(f"    {row['ms']:.3f} ms in {row['calls']} x {row['name'][:90]}")
     return records
 
 
@@ -244,7 +246,10 @@ def compile_around_attention(model: SSAForCausalLM, step: Callable[[], Tensor]) 
         raise InputError("compiled layers", f"an error of {error:.1e}", f"at most {limit:.1e}")
 
 
-def decoding(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]:
+Timed = Callable[[Options], tuple[Timing, list[Record]]]  # with the kernels of a step
+
+
+def decoding(model: SSAForCausalLM, case: Case) -> Timed:
     """One greedy step of every sequence over one cache of random keys; on a GPU compiled and captured."""
     cache = random_cache(model, case)
     ids = torch.ones(case.batch, 1, dtype=torch.int64, device=model.device)
@@ -254,11 +259,13 @@ def decoding(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]:
         cache.crop(case.context)
         return logits
 
-    def timed(options: Options) -> Timing:
+    def timed(options: Options) -> tuple[Timing, list[Record]]:
         compile_around_attention(model, step)
-        timing = measure(_greedy(model, cache, ids), options.device, 4 * options.budget_ms)
+        greedy = _greedy(model, cache, ids)
+        timing = measure(greedy, options.device, 4 * options.budget_ms)
+        stages = kernels(greedy, options.device)
         cache.crop(case.context)
-        return timing
+        return timing, stages
 
     return timed
 
@@ -281,11 +288,11 @@ def random_cache(model: SSAForCausalLM, case: Case) -> BlockCache:
     return cache
 
 
-def prefilling(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]:
+def prefilling(model: SSAForCausalLM, case: Case) -> Timed:
     """A prompt into an empty cache, logits of its last token. On a GPU the layers are compiled around attention."""
     ids = torch.randint(model.config.vocab_size, (case.batch, case.context), device=model.device)
 
-    def timed(options: Options) -> Timing:
+    def timed(options: Options) -> tuple[Timing, list[Record]]:
         cache = BlockCache.from_config(model.config, case.context)
 
         def step() -> Tensor:
@@ -293,7 +300,7 @@ def prefilling(model: SSAForCausalLM, case: Case) -> Callable[[Options], Timing]
             return _logits(model(ids, past_key_values=cache, logits_to_keep=1))
 
         compile_around_attention(model, step)
-        return measure(step, options.device, options.budget_ms)
+        return measure(step, options.device, options.budget_ms), []
 
     return timed
 
