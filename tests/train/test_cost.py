@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,19 @@ def test_smaller_choices_are_estimated_smaller_and_advised() -> None:
         assert f"training.{key}: {str(value).lower()} (estimate {less / GIB:.1f} GiB)" in text
     least = load_recipe("1b/ssa", {"training.micro_batch_rows": 1, "training.activation_checkpointing": True})
     assert "more GPUs" in advise(least, config, 1)
+
+
+@pytest.mark.parametrize(("method", "size"), [("full", "8k"), ("ssa", "8k"), ("full", "32k"), ("ssa", "32k")])
+def test_the_estimate_is_what_was_measured(method: str, size: str) -> None:
+    """Of the recorded run, which took one micro-batch a step: at its peak no gradient of the layers existed yet."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-2026-11-25-training.json"
+    cases = json.loads(path.read_text())["cases"]
+    case = next(c for c in cases if (c["method"], c["stream"], c["workload"]["name"]) == (method, "full", size))
+    rows, tokens = case["workload"]["rows"], case["workload"]["tokens"]
+    shape = {"training.micro_batch_rows": rows, "training.rows_per_step": rows, "data.row_length": tokens}
+    recipe = load_recipe(f"1b/{method}", shape)
+    estimate = estimate_memory(recipe, recipe.model_config())
+    assert estimate.total - estimate.gradients == pytest.approx(case["peak_bytes"], rel=0.05)
 
 
 def test_activations_are_recomputed_where_the_recipe_says_so_or_memory_is_short() -> None:
