@@ -40,6 +40,11 @@ WIDE_MIXED: tuple[tuple[tuple[int, ...], ...], ...] = (
     ((16, 0, 6, 4, 2), (16, 0, 4, 4, 2), (16, 0, 4, 4, 2)),
     ((16, 0, 3, 4, 2), (16, 0, 2, 4, 2), (8, 1, 2, 4, 2)),
 )
+NARROW_DQ: tuple[tuple[int, ...], ...] = (
+    (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2), (32, 4, 3), (32, 4, 4, 96), (32, 4, 2, 80), (64, 4, 2, 128),
+    (64, 4, 2, 160),
+)  # fmt: skip
+WIDE_DQ: tuple[tuple[int, ...], ...] = ((64, 4, 2), (32, 4, 2), (32, 4, 3), (32, 4, 2, 168), (32, 4, 3, 168))
 
 
 def variants(D: int) -> list[tune.Variant]:
@@ -56,10 +61,10 @@ def variants(D: int) -> list[tune.Variant]:
         for i, mixed in enumerate(NARROW_MIXED if narrow else WIDE_MIXED):
             dkv = tuple(Readers(r[0], 16 << j, bool(r[1]), r[2], Launch(*r[3:])) for j, r in enumerate(mixed))
             found.append(("dkvmix", f"{i} {cost}", {"dkv": dkv, "cost": cost}))
-    for BN, *how in (
-        (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2, 80), (32, 4, 3, 80), (32, 4, 3, 112), (64, 4, 2, 128),
-    ) if narrow else ((64, 4, 2), (32, 4, 2, 168), (32, 4, 3, 128), (32, 4, 2, 128)):  # fmt: skip
-        found.append(("dq", f"BN{BN} {how}", {"union_dq": Tile(BN, Launch(*how))}))
+    for BN, *how in NARROW_DQ if narrow else WIDE_DQ:
+        for select in (False, True):
+            change = {"union_dq": Tile(BN, Launch(*how)), "select": select}
+            found.append(("dq", f"BN{BN} {how}{' select' * select}", change))
     return found
 
 

@@ -47,6 +47,18 @@ def _load_rows(
 
 
 @triton.jit
+def _block_bits(mask_ptr, S: tl.constexpr, BN: tl.constexpr):
+    """Token masks of the at most 4 blocks of a step, as scalars."""
+    bits0 = tl.load(mask_ptr)
+    bits1, bits2, bits3 = bits0, bits0, bits0
+    if BN > S:
+        bits1 = tl.load(mask_ptr + 1)
+    if BN > 2 * S:
+        bits2, bits3 = tl.load(mask_ptr + 2), tl.load(mask_ptr + 3)
+    return bits0, bits1, bits2, bits3
+
+
+@triton.jit
 def union_dq_kernel(
     q_ptr,  # [N, H, D]
     k_ptr,  # [N, K, D]
@@ -81,6 +93,7 @@ def union_dq_kernel(
     TT: tl.constexpr,
     LIST: tl.constexpr,
     BN: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     """dq of one tile x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -101,16 +114,42 @@ def union_dq_kernel(
     entries = (tile.to(tl.int64) * K + head) * LIST
     k_ptr += head * k_head
     v_ptr += head * v_head
-    first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, 0, count, S, BN)
-    for n0 in range(0, count * S, BN):
-        key, bias = tile_columns(first_key, bits, n0, row0, row0 + rows - 1, mask_value, MASK, S, BN, TP)
-        first_key, bits = list_entries(union_row_ptr + entries, union_mask_ptr + entries, n0 + BN, count, S, BN)
+    union_row_ptr += entries
+    union_mask_ptr += entries
+    last_row = row0 + rows - 1
+    past = tl.zeros([], tl.int32)  # columns whose keys lie before the tile
+    if SELECT:
+        OWN: tl.constexpr = TT // S if TT > S else 1  # blocks that hold tokens of the tile, the last of the union
+        before = tl.load(union_row_ptr + tl.maximum(count - OWN - 1, 0)) + S <= row0
+        past = tl.where(before & (count > OWN), (count - OWN) * S // BN * BN, 0)
+    first_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
+    for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
+        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
+        first_key, bits = list_entries(union_row_ptr, union_mask_ptr, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = biased(one_hot, bias, q_md, k_nd)
         dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
         ds_mn = tl.exp2(s_mn * c - lse[:, None]) * (dp_mn - delta[:, None])
         acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
+    if SELECT:  # whether a token reads a block is one choice per row and block, made on the row's log-sum-exp
+        n = tl.arange(0, BN)
+        mine = 1 << token
+        first_key = tl.load(union_row_ptr + n // S)
+        bits0, bits1, bits2, bits3 = _block_bits(union_mask_ptr, S, BN)
+        for n0 in range(0, past, BN):
+            key = first_key + (n0 + n) % S
+            b_n = tl.where(n < S, bits0, tl.where(n < 2 * S, bits1, tl.where(n < 3 * S, bits2, bits3)))
+            lse_mn = tl.where((b_n[None, :] & mine[:, None]) != 0, lse[:, None], float("inf"))
+            following = (n0 + BN) // S  # at most `count`, where the padding begins
+            first_key = tl.load(union_row_ptr + following + ((n0 + BN) % S + n) // S)
+            bits0, bits1, bits2, bits3 = _block_bits(union_mask_ptr + following, S, BN)
+            k_nd = load_rows(k_ptr, key, k_row, D, DP)
+            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
+            ds_mn = tl.exp2(s_mn * c - lse_mn) * (dp_mn - delta[:, None])
+            acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
     dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=live[:, None] & (d < D)[None, :])
 
