@@ -26,6 +26,7 @@ from ssa.errors import InputError
 from ssa.model.cache import BlockCache
 from ssa.model.cached import advance, attend, attend_nsa, open_cache, prefill
 from ssa.model.configuration import SSAConfig
+from ssa.model.few import fused_layer
 from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
 from ssa.model.modes import AttentionModes, Observer
@@ -194,6 +195,8 @@ class SSADecoderLayer(LayerOfRegions):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
         """``x [B, T, C]`` -> ``[B, T, C]`` and the alignment, which a checkpointed layer returns exactly too."""
+        if call.cache is not None and (fused := fused_layer(self, x, rope, call)) is not None:
+            return fused, None
         q, k, v, gate = self.run(before_attention, x, *rope)
         out, gate, alignment = self.self_attn(q, k, v, gate, call)
         return self.run(after_attention, x, out, gate), alignment
