@@ -20,7 +20,7 @@ from ssa.bench.operations import WIDE_FLOOR, WORSE, Results, _error, failures, f
 from ssa.bench.result import header
 from ssa.bench.runner import Record, kernels
 from ssa.bench.targets import Target
-from ssa.bench.timing import measure
+from ssa.bench.timing import Timing, measure
 from ssa.bench.workloads import Tensors, Workload, draw
 from ssa.errors import SSAError
 from ssa.ops import AlignmentSpec, full_attention, full_attention_rows, select_blocks, ssa_attention
@@ -30,6 +30,7 @@ from ssa.ops.dual.sampling import sample_rows
 
 FRACTION = 1 / 8
 SEEDS = 16  # samples that the timed calls go through; all are warmed up, since cuDNN plans every new shape
+TURNS = 3
 SHAPE = Workload("8k", ((8192,),) * 4)
 LIMITS = WORSE | {"dgate": 3.0}
 
@@ -184,19 +185,28 @@ def functions(workload: Workload, inputs: Inputs) -> Iterator[tuple[str, int, Ca
     yield "full alone, no gate", 1, full_alone
 
 
-def time_case(
-    name: str, warm_up: int, function: Callable[[], object], workload: Workload, device: torch.device
-) -> Record:
-    """Times of a case, and its kernels on a GPU."""
-    record: Record = {"workload": workload.describe(), "name": name, "status": "ok"}
-    try:
-        for _ in range(warm_up):
-            function()
-        record["timing"] = asdict(measure(function, device, 300.0 if device.type == "cuda" else 1.0))
+def time_cases(workload: Workload, inputs: Inputs, device: torch.device) -> list[Record]:
+    """Times of every case, and its kernels on a GPU. Cases take turns, so that a clock that slows down as the GPU
+    warms up meets all of them; the turn with the middle median counts."""
+    records: list[Record] = []
+    running: list[tuple[Record, Callable[[], object], list[Timing]]] = []
+    for name, warm_up, function in functions(workload, inputs):
+        record: Record = {"workload": workload.describe(), "name": name, "status": "ok"}
+        records.append(record)
+        try:
+            for _ in range(warm_up):
+                function()
+            running.append((record, function, []))
+        except (SSAError, RuntimeError) as error:
+            record |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+    for _ in range(TURNS):
+        for _, function, timings in running:
+            timings.append(measure(function, device, 100.0 if device.type == "cuda" else 1.0))
+    for record, function, timings in running:
+        middle = sorted(timings, key=lambda timing: timing.median)[TURNS // 2]
+        record |= {"timing": asdict(middle), "turns": [timing.median for timing in timings]}
         record["kernels"] = kernels(function, device)
-    except (SSAError, RuntimeError) as error:
-        record |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
-    return record
+    return records
 
 
 def run(name: str, command: str, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
@@ -214,10 +224,9 @@ def run(name: str, command: str, device: torch.device, say: Callable[[str], None
         return result
     for workload in workloads:
         inputs = draw_inputs(workload, device)
-        for case_name, warm_up, function in functions(workload, inputs):
-            result["cases"].append(time_case(case_name, warm_up, function, workload, device))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        result["cases"] += time_cases(workload, inputs, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return result
 
 
