@@ -1,4 +1,4 @@
-"""Variants of the sparse backward for `tune_kernels.py`: dk/dv by group size, tile and programs; dq by tile.
+"""Variants of the union tiles and of dk/dv for `tune_kernels.py`.
 
     python benchmarks/tune_backward.py --out tune.json --shapes 1B-8K 8B-8K 1B-32K
 
@@ -44,6 +44,10 @@ NARROW_DQ: tuple[tuple[int, ...], ...] = (
     (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2), (32, 4, 3), (32, 4, 4, 96), (32, 4, 2, 80), (64, 4, 2, 128),
     (64, 4, 2, 160),
 )  # fmt: skip
+NARROW_FORWARD: tuple[tuple[int, ...], ...] = (
+    (64, 4, 2, 128), (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2), (32, 4, 3), (32, 4, 4), (32, 4, 2, 80),
+)  # fmt: skip
+WIDE_FORWARD: tuple[tuple[int, ...], ...] = ((32, 4, 3), (32, 4, 2), (32, 4, 3, 168), (32, 4, 4))
 WIDE_DQ: tuple[tuple[int, ...], ...] = ((64, 4, 2), (32, 4, 2), (32, 4, 3), (32, 4, 2, 168), (32, 4, 3, 168))
 
 
@@ -63,13 +67,18 @@ def variants(D: int) -> list[tune.Variant]:
             found.append(("dkvmix", f"{i} {cost}", {"dkv": dkv, "cost": cost}))
     for BN, *how in NARROW_DQ if narrow else WIDE_DQ:
         for select in (False, True):
-            change = {"union_dq": Tile(BN, Launch(*how)), "select": select}
+            change = {"union_dq": Tile(BN, Launch(*how)), "select": (False, select)}
             found.append(("dq", f"BN{BN} {how}{' select' * select}", change))
+    for BN, *how in NARROW_FORWARD if narrow else WIDE_FORWARD:
+        for select in (False, True):
+            change = {"union_forward": Tile(BN, Launch(*how)), "select": (select, False)}
+            found.append(("forward", f"BN{BN} {how}{' select' * select}", change))
     return found
 
 
 if __name__ == "__main__":
     tune.variants = variants
+    tune.COUNTED["forward"] = ("union_forward_kernel",)
     tune.COUNTED["dq"] = ("union_dq_kernel",)
     tune.__file__ = str(Path(__file__).resolve())  # what its worker processes run
     tune.main()

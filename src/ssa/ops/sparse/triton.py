@@ -65,7 +65,7 @@ class Strategy(NamedTuple):
     limit: int
     union_forward: Tile
     union_dq: Tile
-    select: bool
+    select: tuple[bool, bool]
     token_forward: Tile
     token_dq: Tile
     dkv: tuple[Readers, Readers, Readers]
@@ -95,7 +95,7 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
         if DP == 128
         else Tile(wide, Launch(warps, 2, 128 if narrow else None)),
         union_dq=Tile(32, Launch(warps, 3, 96)) if narrow else Tile(wide, Launch(warps)),
-        select=False,
+        select=(False, False),
         token_forward=token,
         token_dq=token,
         dkv=(readers, readers, readers),
@@ -197,7 +197,8 @@ def _forward(
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
         plan.limit,
     )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns)
+    select = plan.select[0] and tile.columns <= 4 * x.S
+    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_forward
     arguments = (
@@ -242,7 +243,7 @@ def _backward(
     arguments: tuple[Any, ...] = (
         *tensors, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
-    select = plan.select and tile.columns <= 4 * x.S
+    select = plan.select[1] and tile.columns <= 4 * x.S
     constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select)
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_dq

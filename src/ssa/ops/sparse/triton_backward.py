@@ -17,8 +17,11 @@ import triton.language as tl
 
 from ssa.ops.sparse.triton_forward import (
     biased,
+    block_bits,
     list_entries,
     load_rows,
+    past_columns,
+    reads_column,
     reads_one_by_one,
     tile_columns,
     tile_rows,
@@ -44,18 +47,6 @@ def _load_rows(
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that read nothing has p = 0
     tl.store(delta_ptr + flat_row, delta, mask=live)
     return q_md, do_md, lse, delta
-
-
-@triton.jit
-def _block_bits(mask_ptr, S: tl.constexpr, BN: tl.constexpr):
-    """Token masks of the at most 4 blocks of a step, as scalars."""
-    bits0 = tl.load(mask_ptr)
-    bits1, bits2, bits3 = bits0, bits0, bits0
-    if BN > S:
-        bits1 = tl.load(mask_ptr + 1)
-    if BN > 2 * S:
-        bits2, bits3 = tl.load(mask_ptr + 2), tl.load(mask_ptr + 3)
-    return bits0, bits1, bits2, bits3
 
 
 @triton.jit
@@ -117,11 +108,9 @@ def union_dq_kernel(
     union_row_ptr += entries
     union_mask_ptr += entries
     last_row = row0 + rows - 1
-    past = tl.zeros([], tl.int32)  # columns whose keys lie before the tile
+    past = tl.zeros([], tl.int32)
     if SELECT:
-        OWN: tl.constexpr = TT // S if TT > S else 1  # blocks that hold tokens of the tile, the last of the union
-        before = tl.load(union_row_ptr + tl.maximum(count - OWN - 1, 0)) + S <= row0
-        past = tl.where(before & (count > OWN), (count - OWN) * S // BN * BN, 0)
+        past = past_columns(union_row_ptr, count, row0, TT, S, BN)
     first_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
     for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
         key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
@@ -136,14 +125,13 @@ def union_dq_kernel(
         n = tl.arange(0, BN)
         mine = 1 << token
         first_key = tl.load(union_row_ptr + n // S)
-        bits0, bits1, bits2, bits3 = _block_bits(union_mask_ptr, S, BN)
+        bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr, S, BN)
         for n0 in range(0, past, BN):
             key = first_key + (n0 + n) % S
-            b_n = tl.where(n < S, bits0, tl.where(n < 2 * S, bits1, tl.where(n < 3 * S, bits2, bits3)))
-            lse_mn = tl.where((b_n[None, :] & mine[:, None]) != 0, lse[:, None], float("inf"))
+            lse_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, mine, S, BN), lse[:, None], float("inf"))
             following = (n0 + BN) // S  # at most `count`, where the padding begins
             first_key = tl.load(union_row_ptr + following + ((n0 + BN) % S + n) // S)
-            bits0, bits1, bits2, bits3 = _block_bits(union_mask_ptr + following, S, BN)
+            bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr + following, S, BN)
             k_nd = load_rows(k_ptr, key, k_row, D, DP)
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")

@@ -71,8 +71,8 @@ def _reference(x):
 
 @triton.jit
 def _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M: tl.constexpr, N: tl.constexpr):
-    """One step of the softmax over the columns of ``s``, relative to ``m``."""
-    p_mn = tl.exp2(s_mn * c - m[:, None])
+    """One step of the softmax over the columns of ``s``, relative to ``m`` (broadcast over it)."""
+    p_mn = tl.exp2(s_mn * c - m)
     acc_md = tl.dot(p_mn.to(v_nd.dtype), v_nd, acc_md, input_precision="ieee")
     return _add16(l_m16, p_mn, M, N), acc_md
 
@@ -125,6 +125,34 @@ def list_entries(entries_row, entries_mask, n0, count, S: tl.constexpr, BN: tl.c
     """First key row and token mask of the block of each column ``[BN]``; readers load them one step ahead."""
     at = tl.minimum((n0 + tl.arange(0, BN)) // S, count)  # the entry behind the last is one that nobody reads
     return tl.load(entries_row + at), tl.load(entries_mask + at)
+
+
+@triton.jit
+def past_columns(entries_row, count, row0, TT: tl.constexpr, S: tl.constexpr, BN: tl.constexpr):
+    """The columns, in whole steps, whose keys all lie before the tile: there a block is read wholly or not at all."""
+    OWN: tl.constexpr = TT // S if TT > S else 1  # blocks that hold tokens of the tile, the last of the union
+    before = tl.load(entries_row + tl.maximum(count - OWN - 1, 0)) + S <= row0
+    return tl.where(before & (count > OWN), (count - OWN) * S // BN * BN, 0)
+
+
+@triton.jit
+def block_bits(mask_ptr, S: tl.constexpr, BN: tl.constexpr):
+    """Token masks of the at most 4 blocks of a step, as scalars."""
+    bits0 = tl.load(mask_ptr)
+    bits1, bits2, bits3 = bits0, bits0, bits0
+    if BN > S:
+        bits1 = tl.load(mask_ptr + 1)
+    if BN > 2 * S:
+        bits2, bits3 = tl.load(mask_ptr + 2), tl.load(mask_ptr + 3)
+    return bits0, bits1, bits2, bits3
+
+
+@triton.jit
+def reads_column(bits0, bits1, bits2, bits3, mine, S: tl.constexpr, BN: tl.constexpr):
+    """Whether each row, with the bit ``mine`` of its token, reads each column of a step: one test per row and block."""
+    n = tl.arange(0, BN)
+    bits = tl.where(n < S, bits0, tl.where(n < 2 * S, bits1, tl.where(n < 3 * S, bits2, bits3)))
+    return (bits[None, :] & mine[:, None]) != 0
 
 
 @triton.jit
@@ -181,6 +209,7 @@ def union_forward_kernel(
     TT: tl.constexpr,
     LIST: tl.constexpr,
     BN: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     """One tile of TT tokens x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -206,14 +235,30 @@ def union_forward_kernel(
     m = _reference(tl.sum(tl.where(own, tl.dot(q_md, tl.trans(k_id), input_precision="ieee"), 0.0), 1) * c)
     l_m16 = tl.zeros([M, 16], tl.float32)
     acc_md = tl.zeros([M, DP], tl.float32)
-    first_key, bits = list_entries(entries_row, entries_mask, 0, count, S, BN)
-    for n0 in range(0, count * S, BN):
+    past = tl.zeros([], tl.int32)
+    if SELECT:
+        past = past_columns(entries_row, count, row0, TT, S, BN)
+        n = tl.arange(0, BN)
+        first_key = tl.load(entries_row + n // S)
+        bits0, bits1, bits2, bits3 = block_bits(entries_mask, S, BN)
+        for n0 in range(0, past, BN):
+            key = first_key + (n0 + n) % S
+            m_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, 1 << token, S, BN), m[:, None], float("inf"))
+            following = (n0 + BN) // S  # at most `count`, where the padding begins
+            first_key = tl.load(entries_row + following + ((n0 + BN) % S + n) // S)
+            bits0, bits1, bits2, bits3 = block_bits(entries_mask + following, S, BN)
+            k_nd = load_rows(k_ptr, key, k_row, D, DP)
+            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            l_m16, acc_md = _accumulate(s_mn, v_nd, m_mn, l_m16, acc_md, c, M, BN)
+    first_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
+    for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
         key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
         first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = biased(one_hot, bias, q_md, k_nd)
-        l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+        l_m16, acc_md = _accumulate(s_mn, v_nd, m[:, None], l_m16, acc_md, c, M, BN)
     at = row * H + h
     l = tl.sum(l_m16, 1)
     fits = (l > SMALL) & (l < LARGE)
@@ -233,7 +278,7 @@ def union_forward_kernel(
             key, bias = tile_columns(first_key16, bits16, n0, row0, last_row, mask_value, MASK, S, 16, TP)
             s_mn = biased(one_hot, bias, q_md, load_rows(k_ptr, key, k_row, D, DP))
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
-            l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, 16)
+            l_m16, acc_md = _accumulate(s_mn, v_nd, m[:, None], l_m16, acc_md, c, M, 16)
         _store(out_ptr, lse_ptr, at, m, tl.sum(l_m16, 1), acc_md, again, D, DP)
 
 
@@ -300,7 +345,7 @@ def token_forward_kernel(
             k_nd = load_rows(k_ptr, key, k_row, D, DP)
             v_nd = load_rows(v_ptr, key, v_row, D, DP)
             s_mn = tl.where(visible[None, :], tl.dot(q_md, tl.trans(k_nd), input_precision="ieee"), mask_value)
-            l_m16, acc_md = _accumulate(s_mn, v_nd, m, l_m16, acc_md, c, M, BN)
+            l_m16, acc_md = _accumulate(s_mn, v_nd, m[:, None], l_m16, acc_md, c, M, BN)
         at = row * H + head * G + g
         l = tl.sum(l_m16, 1)
         fits = (l > SMALL) & (l < LARGE)
@@ -318,5 +363,6 @@ def token_forward_kernel(
                 key, visible = token_columns(mine, n0, slots, start, t, S, 16)
                 s_mn = tl.dot(q_md, tl.trans(load_rows(k_ptr, key, k_row, D, DP)), input_precision="ieee")
                 s_mn = tl.where(visible[None, :], s_mn, mask_value)
-                l_m16, acc_md = _accumulate(s_mn, load_rows(v_ptr, key, v_row, D, DP), m, l_m16, acc_md, c, M, 16)
+                v_nd = load_rows(v_ptr, key, v_row, D, DP)
+                l_m16, acc_md = _accumulate(s_mn, v_nd, m[:, None], l_m16, acc_md, c, M, 16)
             _store(out_ptr, lse_ptr, at, m, tl.sum(l_m16, 1), acc_md, again, D, DP)
