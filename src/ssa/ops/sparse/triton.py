@@ -87,7 +87,8 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     columns = 64 if DP <= 128 else 16
     columns = max(16, columns // 2) if small else columns
     how = Launch(4, 3 if DP <= 64 and not small else 2)
-    readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, 4, how)
+    readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, 2, how)
+    one, two = (4, 3) if DP <= 64 else (3, 2)  # programs that a multiprocessor holds
     return Strategy(
         tokens=tokens,
         limit=max(slots * 3 // 2, tokens * slots // 2),
@@ -98,7 +99,7 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
         select=(False, False),
         token_forward=token,
         token_dq=token,
-        dkv=(readers, readers, readers),
+        dkv=(readers._replace(programs=one), readers._replace(programs=two), readers),
         merge=S <= 32,
     )
 
