@@ -78,7 +78,9 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> row_kernels.RowKernel:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu_flash"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_rows_of_full_attention(backend: str, kv_heads: int) -> None:
+@pytest.mark.parametrize("programs", [512, 4, 1])  # no head folded, some, all
+def test_rows_of_full_attention(backend: str, kv_heads: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_kernels, "PROGRAMS", programs)
     inputs = leaves(*qkv(LAYOUT, 4, kv_heads, 5))
     out, lse = full_attention_rows(*inputs, ROWS, LAYOUT, backend=backend)
     full, full_lse = full_attention(*inputs, LAYOUT, return_lse=True, backend="reference")
@@ -90,6 +92,18 @@ def test_rows_of_full_attention(backend: str, kv_heads: int) -> None:
     gradients = (torch.autograd.grad(y, inputs, weight) for y in (out, expected))
     for x, y in zip(*gradients, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_heads_are_folded_while_the_gpu_stays_busy() -> None:
+    assert row_kernels.foldable(4, 2, 16, 4096) == 16  # 8 heads of keys times 64 programs
+    assert row_kernels.foldable(4, 2, 16, 1024) == 4
+    assert row_kernels.foldable(1, 2, 16, 32) == 1
+    assert row_kernels.foldable(8, 8, 6, 256) == 3  # a divisor of the group
+    x = torch.arange(2 * 3 * 4 * 5).view(6, 4, 5)
+    folded = row_kernels.fold(x, 2, 2)
+    assert folded.shape == (2, 6, 2, 5)
+    assert torch.equal(folded[1, 3], x[4, [1, 3]])  # second row, second of the heads that share keys
+    assert torch.equal(row_kernels.unfold(folded, 3), x)
 
 
 def test_flash_gets_queries_with_their_prefix_of_keys(flash: row_kernels.RowKernel) -> None:

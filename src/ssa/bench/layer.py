@@ -66,10 +66,12 @@ CASES = (*FULL, *EXACT, SAMPLED)
 
 _small = replace(SHAPE, name="checked", rows=((1024,),) * 2)
 _packed = replace(SHAPE, name="packed, checked", rows=((500, 37, 287, 200), (1, 600, 320, 103)))
+_long = replace(SHAPE, name="long enough to fold heads, checked", rows=((2048,),) * 2)
 _tiny = Workload("tiny", ((128,), (128,)), 4, 2, 16, block_size=16, num_blocks=3, dtype=torch.float32)
 CHECKS = (
     *((_small, case) for case in (*EXACT, SAMPLED)),
     (_small, Case("ssa 1/8 through flash, sparse main", "sparse", FRACTION, full_backend="flash")),
+    (_long, SAMPLED),
     *((_packed, case) for case in (*EXACT, SAMPLED)),
 )
 SUITES: dict[str, tuple[tuple[tuple[Workload, Case], ...], tuple[Workload, ...]]] = {

@@ -9,6 +9,9 @@ union. The two results meet through their log-sum-exps:
 Backward needs nothing of the kind: a flash backward rebuilds probabilities as ``exp(logit - lse)`` and subtracts
 ``sum(d_out * out)``. Given the *merged* out and lse, each part returns its exact share of the gradients.
 
+A rectangle has no mask, so rows of query heads that share keys are as good as rows of one head: folded into the length
+of the queries, they spare the kernels a copy of dk and dv for every query head.
+
 Shapes: N flat rows, R rows of the subset, H query heads, K key-value heads, D head dim; n documents, W rows of a
 window, L keys. Gradients are added to what is there: to that of q in its dtype, rounded once a row, and to those of k
 and v, to which every window adds, in float32 (float64 for float64 inputs).
@@ -44,6 +47,10 @@ class Totals(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
+
+
+PROGRAMS = 512  # that keep a GPU busy; a backward kernel runs one per head and KEYS keys
+KEYS = 64
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -107,6 +114,22 @@ def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> N
     target.index_copy_(0, index, (total if past is None else total + past).to(target.dtype))
 
 
+def foldable(documents: int, kv_heads: int, group: int, keys: int) -> int:
+    """How many of the ``group`` query heads of a key-value head become rows: all that leave enough programs."""
+    most = documents * kv_heads * group * -(-keys // KEYS) // PROGRAMS
+    return next((n for n in range(group, 1, -1) if group % n == 0 and n <= most), 1)
+
+
+def fold(x: Tensor, documents: int, heads: int) -> Tensor:
+    """``[n * W, H, ...]`` to ``[n, W * H / heads, heads, ...]``: neighbouring heads become neighbouring rows."""
+    return x.unflatten(1, (heads, -1)).unflatten(0, (documents, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def unfold(x: Tensor, rows: int) -> Tensor:
+    """The inverse of :func:`fold`, with ``rows`` W."""
+    return x.unflatten(1, (rows, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+
 @cache
 def _joints(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
     """:func:`merge` and :func:`add` for a device."""
@@ -115,6 +138,12 @@ def _joints(device: torch.device) -> tuple[Callable[..., None], Callable[..., No
     from ssa.ops.full import triton_rows
 
     return triton_rows.merge, triton_rows.add
+
+
+def _heads(w: Window, q: Tensor, k: Tensor) -> int:
+    """Query heads of a window's rectangle after folding."""
+    H, K = q.shape[1], k.shape[1]
+    return H // foldable(w.documents, K, H // K, w.begin)
 
 
 def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Gradients]) -> RowKernel:
@@ -131,10 +160,9 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
         join, _ = _joints(q.device)
         for w, span in rows.spans():
             if w.begin:
-                past, past_lse = forward(
-                    query[span].unflatten(0, (w.documents, -1)), w.keys(k, w.begin), w.keys(v, w.begin), False, scale
-                )
-                join(out[span], lse[span], past.flatten(0, 1), past_lse.flatten(0, 1))
+                folded = fold(query[span], w.documents, _heads(w, q, k))
+                past = forward(folded, w.keys(k, w.begin), w.keys(v, w.begin), False, scale)
+                join(out[span], lse[span], *(unfold(x, w.size) for x in past))
         return out, lse
 
     def rows_backward(
@@ -155,10 +183,11 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
         for w, span in rows.spans():
             past_dq = None
             if w.begin:
-                do_, q_, out_, lse_ = (x[span].unflatten(0, (w.documents, -1)) for x in (d_out, query, out, lse))
+                heads = _heads(w, q, k)
+                do_, q_, out_, lse_ = (fold(x[span], w.documents, heads) for x in (d_out, query, out, lse))
                 keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
                 past_dq, past_dk, past_dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
-                past_dq = past_dq.flatten(0, 1)
+                past_dq = unfold(past_dq, w.size)
                 w.keys(totals.dk, w.begin).add_(past_dk)
                 w.keys(totals.dv, w.begin).add_(past_dv)
             join(totals.dq, index[span], square_dq[span], past_dq)
