@@ -47,10 +47,13 @@ def refuse_decoding(request: Request) -> str | None:
     return _reason(str(request.device), request.dtype, *shape) or None
 
 
+def _not_on_cpu(request: Request) -> str | None:
+    return None if request.device.type == "cpu" else f"needs a CPU, not {request.device.type}"
+
+
 for _operation in (
     "select_blocks_cached",
     "attend_blocks_cached",
-    "decode_attention",
     "full_decode_attention",
     "update_pooled",
 ):
@@ -59,6 +62,14 @@ for _operation in (
         Backend("triton", f"ssa.ops.decode.triton:{_operation}", refuse_decoding),
         Backend("reference", f"ssa.ops.decode.reference:{_operation}", always),
     )
+
+
+register(
+    "decode_attention",
+    Backend("triton", "ssa.ops.decode.triton:decode_attention", refuse_decoding),
+    Backend("cpu", "ssa.ops.decode.cpu:decode_attention", _not_on_cpu),
+    Backend("reference", "ssa.ops.decode.reference:decode_attention", always),
+)
 
 
 @torch.no_grad()
