@@ -131,3 +131,26 @@ def test_never_waits_for_the_device(main: str, fraction: float) -> None:
         step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS["mixed"], LAYOUTS["two rows"]], ids=["mixed", "two rows"])
+def test_gradients_of_both_streams_are_rounded_once(layout: DocumentLayout) -> None:
+    """The sparse backward adds the full stream's gradients before it rounds: no further off than adding afterwards."""
+    from ssa.ops import select_blocks
+
+    q, k, v, _ = (x.detach() for x in inputs(layout, (32, 2, 64)))
+    spec = SparseSpec(16, 16)
+    indices = select_blocks(q, k, spec, layout)
+    d_out, rest = torch.randn_like(q), (layout.lengths, 16, 0.125)
+    plus = [torch.randn_like(x) for x in (q, k, v)]
+
+    def backward(tensors: list[Tensor], d: Tensor, *others: Tensor) -> Any:
+        results = torch.ops.ssa.sparse_forward(*tensors, indices, *rest)
+        return torch.ops.ssa.sparse_backward(d, *tensors, indices, *results, *rest, *others)
+
+    together = backward([q, k, v], d_out, *plus)
+    assert all(map(torch.equal, together, backward([q, k, v], d_out, *plus)))
+    apart = [a + b for a, b in zip(backward([q, k, v], d_out), plus, strict=True)]
+    exact = [a + b for a, b in zip(backward([q.float(), k.float(), v.float()], d_out.float()), plus, strict=True)]
+    for mine, separate, right in zip(together, apart, exact, strict=True):
+        assert (mine - right).norm() <= 1.001 * (separate - right).norm()

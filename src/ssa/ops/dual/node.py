@@ -74,20 +74,19 @@ class BothStreams(torch.autograd.Function):
         full, sparse = tuple(results[: ctx.split]), tuple(results[ctx.split :])
         streams = plan.streams(full[0], sparse[0], gate)
         inflow = plan.passes.backward(streams, d_out.flatten(0, 1), d_loss)
-        grads: tuple[Tensor, ...] | None = None
-        if plan.main == "sparse" or streams.pulls_sparse:
-            grads = plan.sparse.backward(inflow.sparse.view(q.shape), q, k, v, indices, sparse)
+        grads: tuple[Tensor, ...] = ()
         if plan.full is not None and (plan.main == "full" or streams.pulls_full):
-            full_grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full)
-            grads = full_grads if grads is None else tuple(a.add_(b) for a, b in zip(grads, full_grads, strict=True))
-        elif plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
-            assert grads is not None, "rows are sampled where the sparse stream is main"
+            grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full, ())
+        if plan.main == "sparse" or streams.pulls_sparse:
+            grads = plan.sparse.backward(inflow.sparse.view(q.shape), q, k, v, indices, sparse, grads)
+        if plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
+            assert len(grads) == 3, "rows are sampled where the sparse stream is main"
             wide = [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in grads[1:]]
             totals = Totals(*(x.flatten(0, 1) for x in (grads[0], *wide)))
             flats = (x.flatten(0, 1) for x in (q, k, v))
             plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale, totals)
             grads = grads[0], wide[0].to(k.dtype), wide[1].to(v.dtype)
-        assert grads is not None, "the main stream has gradients"
+        assert len(grads) == 3, "the main stream has gradients"
         d_gate = None if gate is None or inflow.gate is None else inflow.gate.view(gate.shape)
         return *grads, d_gate, None, None
 

@@ -22,12 +22,13 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Stream(NamedTuple):
-    """``forward(q, k, v, indices)`` gives :data:`Results`; ``backward(d_out, q, k, v, indices, results)`` gives
-    :data:`Gradients`. The full stream reads no indices. ``backend``: who computes it."""
+    """``forward(q, k, v, indices)`` gives :data:`Results`; ``backward(d_out, q, k, v, indices, results, others)`` gives
+    :data:`Gradients`, in the sparse stream with ``others`` added unless they are empty. The full stream reads no
+    indices. ``backend``: who computes it."""
 
     backend: str
     forward: Callable[[Tensor, Tensor, Tensor, Tensor], Results]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Results], Gradients]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Results, tuple[Tensor, ...]], Gradients]
 
 
 def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, backend: str) -> Stream:
@@ -38,7 +39,9 @@ def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, back
         return Stream(
             found.name,
             lambda q, k, v, _: full_reference.forward(q, k, v, layout, scale),
-            lambda d_out, q, k, v, _, results: full_reference.backward(d_out, q, k, v, results[0], layout, scale),
+            lambda d_out, q, k, v, _, results, _others: full_reference.backward(
+                d_out, q, k, v, results[0], layout, scale
+            ),
         )
     found.load()  # declares the custom operations
     kernel = backends.usable(request) if found.name == "cuda" else found.name
@@ -46,7 +49,7 @@ def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, back
     return Stream(
         found.name,
         lambda q, k, v, _: op.full_forward(q, k, v, lengths, scale, kernel),
-        lambda d_out, q, k, v, _, results: op.full_backward(d_out, q, k, v, *results, lengths, scale, kernel),
+        lambda d_out, q, k, v, _, results, _others: op.full_backward(d_out, q, k, v, *results, lengths, scale, kernel),
     )
 
 
@@ -57,10 +60,15 @@ def sparse_stream(
     found = find("sparse_attention", Request.of(q, k, block_size=block_size, num_blocks=slots, layout=layout), backend)
     if found.name == "reference":
         rest: tuple[Any, ...] = (block_size, layout, scale)
+
+        def backward(d_out, q, k, v, i, results, others):  # type: ignore[no-untyped-def]
+            mine = sparse_reference.backward(d_out, q, k, v, i, results[0], *rest)
+            return tuple(a.add_(b) for a, b in zip(mine, others, strict=True)) if others else mine
+
         return Stream(
             found.name,
             lambda q, k, v, i: sparse_reference.forward(q, k, v, i, *rest),
-            lambda d_out, q, k, v, i, results: sparse_reference.backward(d_out, q, k, v, i, results[0], *rest),
+            backward,
         )
     found.load()
     op = torch.ops.ssa
@@ -68,5 +76,5 @@ def sparse_stream(
     return Stream(
         found.name,
         lambda q, k, v, i: op.sparse_forward(q, k, v, i, *rest),
-        lambda d_out, q, k, v, i, results: op.sparse_backward(d_out, q, k, v, i, *results, *rest),
+        lambda d_out, q, k, v, i, results, others: op.sparse_backward(d_out, q, k, v, i, *results, *rest, *others),
     )

@@ -225,8 +225,12 @@ def _backward(
     lengths: Sequence[int],
     block_size: int,
     scale: float,
+    plus_q: Tensor | None = None,  # added to dq, dk, dv in float32: all three or none
+    plus_k: Tensor | None = None,
+    plus_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, contiguous."""
+    plus = plus_q is not None
     small = small_shared_memory(q.device.index)
     plan = strategy(q.shape[2], k.shape[2], q.shape[3], block_size, indices.shape[3], small)
     x = _Shape.of(q, k, indices, block_size, scale, plan.tokens)
@@ -239,17 +243,18 @@ def _backward(
     layout = layout_of(tuple(lengths), *q.shape[:2])
     starts, tile_start = layout.starts(q.device), layout.block_grid(plan.tokens, q.device).block_start
     tiles = tile_start.numel() - 1
-    tensors: tuple[Any, ...] = (q, k, v, d_out, out, lse, delta, dq)
+    dq_plus, dk_plus, dv_plus = (y if x is None else aligned(x) for x, y in ((plus_q, dq), (plus_k, dk), (plus_v, dv)))
+    tensors: tuple[Any, ...] = (q, k, v, d_out, out, lse, delta, dq, dq_plus)
     tile = plan.union_dq
     arguments: tuple[Any, ...] = (
         *tensors, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
-    constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select)
+    constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, plus)
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_dq
     arguments = (*tensors, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, plan.limit)
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
     launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     grid = layout.block_grid(4 * block_size, q.device)
     super_start, supers = grid.block_start, grid.num_blocks
@@ -272,8 +277,8 @@ def _backward(
         key_rows = min(x.S << level, columns)
         constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, triton_index.SEGMENT, narrow)
         launch(dkv_kernel, (programs[level], (x.S << level) // key_rows, 1), arguments, constants, how)
-    arguments = (part, index.work_offset, index.level, super_start, dk, dv, x.K, supers, part_rows)
-    launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S), Launch(4))
+    arguments = (part, index.work_offset, index.level, super_start, dk, dv, dk_plus, dv_plus, x.K, supers, part_rows)
+    launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S, plus), Launch(4))
     return dq, dk, dv
 
 
@@ -337,7 +342,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "sparse_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor out, Tensor lse, "
-    "Tensor union_row, Tensor union_mask, Tensor union_count, int[] lengths, int block_size, float scale) "
+    "Tensor union_row, Tensor union_mask, Tensor union_count, int[] lengths, int block_size, float scale, "
+    "Tensor? plus_q=None, Tensor? plus_k=None, Tensor? plus_v=None) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
 LIBRARY.impl("sparse_forward", _forward_on_its_device, "CompositeExplicitAutograd")

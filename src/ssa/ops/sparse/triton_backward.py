@@ -50,6 +50,16 @@ def _load_rows(
 
 
 @triton.jit
+def _store_dq(dq_ptr, plus_ptr, flat_row, live, dq_md, D: tl.constexpr, DP: tl.constexpr, PLUS: tl.constexpr):
+    """Store dq, with ``plus`` added before the one rounding."""
+    d = tl.arange(0, DP)
+    at, inside = flat_row[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :]
+    if PLUS:
+        dq_md += tl.load(plus_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dq_ptr + at, dq_md.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def union_dq_kernel(
     q_ptr,  # [N, H, D]
     k_ptr,  # [N, K, D]
@@ -59,6 +69,7 @@ def union_dq_kernel(
     lse_ptr,  # [N, H]
     delta_ptr,  # [N, H], written here
     dq_ptr,  # [N, H, D]
+    plus_ptr,  # [N, H, D] added to dq, if PLUS
     union_row_ptr,
     union_mask_ptr,
     union_count_ptr,
@@ -85,6 +96,7 @@ def union_dq_kernel(
     LIST: tl.constexpr,
     BN: tl.constexpr,
     SELECT: tl.constexpr,
+    PLUS: tl.constexpr,
 ):
     """dq of one tile x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -94,7 +106,6 @@ def union_dq_kernel(
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
     row0, rows, token, row, h, live = tile_rows(tile_start_ptr, tile, head, G, GP, TT)
-    d = tl.arange(0, DP)
     q_md, do_md, lse, delta = _load_rows(
         q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head, row * H + h,
         live, D, DP,
@@ -138,8 +149,7 @@ def union_dq_kernel(
             dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
             ds_mn = tl.exp2(s_mn * c - lse_mn) * (dp_mn - delta[:, None])
             acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
-    dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=live[:, None] & (d < D)[None, :])
+    _store_dq(dq_ptr, plus_ptr, row * H + h, live, acc_md * (c * LN2), D, DP, PLUS)
 
 
 @triton.jit
@@ -152,6 +162,7 @@ def token_dq_kernel(
     lse_ptr,
     delta_ptr,
     dq_ptr,
+    plus_ptr,
     indices_ptr,  # [N, K, slots]
     starts_ptr,  # [N]
     union_count_ptr,
@@ -175,6 +186,7 @@ def token_dq_kernel(
     G: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
+    PLUS: tl.constexpr,
 ):
     """dq of the tokens of one tile x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -182,12 +194,12 @@ def token_dq_kernel(
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
     start = tl.load(starts_ptr + row0).to(tl.int32)
-    g, d = tl.arange(0, M), tl.arange(0, DP)
+    g = tl.arange(0, M)
     h = head * G + g
     k_ptr += head * k_head
     v_ptr += head * v_head
     for t in range(row0, end):
-        row = t.to(tl.int64)
+        row = tl.cast(t, tl.int64)
         q_md, do_md, lse, delta = _load_rows(
             q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head,
             row * H + h, g < G, D, DP,
@@ -202,8 +214,7 @@ def token_dq_kernel(
             p_mn = tl.where(visible[None, :], tl.exp2(s_mn), 0.0)
             ds_mn = p_mn * (tl.dot(do_md, tl.trans(v_nd), input_precision="ieee") - delta[:, None])
             acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
-        dq_md = (acc_md * (c * LN2)).to(dq_ptr.dtype.element_ty)
-        tl.store(dq_ptr + (row * H + h)[:, None] * D + d[None, :], dq_md, mask=(g < G)[:, None] & (d < D)[None, :])
+        _store_dq(dq_ptr, plus_ptr, row * H + h, g < G, acc_md * (c * LN2), D, DP, PLUS)
 
 
 @triton.jit(do_not_specialize=["supers", "part_rows"])
@@ -333,12 +344,15 @@ def dkv_reduce_kernel(
     super_start_ptr,
     dk_ptr,  # [N, K, D]
     dv_ptr,  # [N, K, D]
+    dk_plus_ptr,  # [N, K, D] added to dk and to dv, if PLUS
+    dv_plus_ptr,
     K,
     supers,
     part_rows,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
+    PLUS: tl.constexpr,
 ):
     """Sum the partial rows of one block in the order of its work items; 0 for a block that nobody read."""
     super_block, head, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -367,5 +381,8 @@ def dkv_reduce_kernel(
         dv_nd += tl.load(part_ptr + part_rows.to(tl.int64) * DP + part)
     out = (key_row.to(tl.int64) * K + head)[:, None] * D + d[None, :]
     live = (key_row < key_end)[:, None] & (d < D)[None, :]
+    if PLUS:
+        dk_nd += tl.load(dk_plus_ptr + out, mask=live, other=0.0).to(tl.float32)
+        dv_nd += tl.load(dv_plus_ptr + out, mask=live, other=0.0).to(tl.float32)
     tl.store(dk_ptr + out, dk_nd.to(dk_ptr.dtype.element_ty), mask=live)
     tl.store(dv_ptr + out, dv_nd.to(dv_ptr.dtype.element_ty), mask=live)

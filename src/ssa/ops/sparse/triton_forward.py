@@ -333,7 +333,7 @@ def token_forward_kernel(
     k_ptr += head * k_head
     v_ptr += head * v_head
     for t in range(row0, end):
-        row = t.to(tl.int64)
+        row = tl.cast(t, tl.int64)
         q_md = tl.load(q_ptr + row * q_row + (head * G + g)[:, None] * q_head + d[None, :], mask=live_md, other=0.0)
         k_d = tl.load(k_ptr + row * k_row + d, mask=d < D, other=0.0)
         m = _reference(tl.sum(q_md.to(tl.float32) * k_d.to(tl.float32)[None, :], 1) * c)
