@@ -26,9 +26,7 @@ def compare_shares() -> None:
     _, indices = case(4, 2)
     grid = LAYOUT.block_grid(4 * S)
     offsets, words = triton._bitmap_rows(LAYOUT, S, "cpu")
-    for programs, cost, fits in itertools.product(
-        ((4, 4, 4), (64, 8, 4)), ((16, 26, 40), (99, 1, 99)), (True, False)
-    ):
+    for programs, cost, fits in itertools.product(((4, 4, 4), (64, 8, 4)), ((16, 26, 40), (99, 1, 99)), (True, False)):
         triton_index.GROUP_COST, triton_index.BITMAP_BYTES, triton_index.SEGMENT = cost, (1 << 30) * fits, 9
         index = reader_index(indices[0], grid.first_block, grid.block_start, offsets, words, True, programs)
         entry_offset, work_offset, work = index.entry_offset.tolist(), index.work_offset.tolist(), index.work.tolist()
