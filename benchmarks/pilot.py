@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def run_all(given: argparse.Namespace, folders: list[Path]) -> list[float]:
         for call, folder in zip(given.call, folders, strict=True):
             log = stack.enter_context((given.out / f"{folder.name}.log").open("w"))
             calls.append(subprocess.Popen(command(given, call, folder), stdout=log, stderr=subprocess.STDOUT))
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        query.append(f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0').partition(',')[0]}")
         while any(call.poll() is None for call in calls) and time.monotonic() - began < given.seconds:
             time.sleep(2)
             if given.gpus:

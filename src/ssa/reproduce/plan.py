@@ -87,7 +87,7 @@ SCALES = {
     "tiny": Scale(
         "tiny", 6, (0, 1, 2), (16, 32, 64), 8, 2, (256, 512), 600, forms=("single",), stride=64, rows_per_batch=4
     ),
-    "small": Scale("small", 27, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 96, 4, _LENGTHS, 10240, more_seeds=(3, 4)),
+    "small": Scale("small", 40, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 96, 4, _LENGTHS, 10240, more_seeds=(3, 4)),
     "64m": Scale("64m", 170, (0, 1, 2), (64, 128, 256, 512, 1024, 2048), 192, 4, _LENGTHS, 16384, samples=2),
 }
 
