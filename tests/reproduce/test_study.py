@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,8 +13,9 @@ from ssa.cli import main
 from ssa.data import prepare
 from ssa.errors import ConfigError, DataError, NumericError
 from ssa.report import read_study
-from ssa.reproduce import Study, run_study
+from ssa.reproduce import Study, run_study, worker
 from ssa.reproduce import piece as piece_module
+from ssa.reproduce import study as study_module
 from ssa.reproduce.piece import read_result, run_piece
 from ssa.reproduce.plan import SCALES
 from ssa.reproduce.worker import Job, claim, work
@@ -106,6 +109,36 @@ def test_divergence_is_a_result(data, tmp_path, monkeypatch):
     assert {r.status for r in given.results()} == {"diverged"}
     assert Study(given, 0).estimate()[0] == 0
     assert read_study(tmp_path).of("ssa")[0].run is None
+
+
+def test_a_process_whose_gpu_is_broken_takes_no_further_piece(data, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(piece_module, "_train", fail)
+    monkeypatch.setattr(worker, "_usable", lambda device: False)
+    given = job(data, tmp_path)
+    assert not work(given, "cpu")
+    assert [r.status for r in given.results()] == ["failed"]
+    given.write(tmp_path / "job.json")
+    assert worker.main([str(tmp_path / "job.json"), "cpu"]) == worker.UNUSABLE
+    assert [r.status for r in given.results()] == ["failed", "failed"]
+
+
+@pytest.mark.slow
+def test_a_broken_process_is_replaced_and_the_others_go_on(data, tmp_path, monkeypatch):
+    class TwoWorkers(Study):
+        devices = property(lambda self: ["cpu", "cpu"])
+
+    real, codes = subprocess.Popen, [worker.UNUSABLE]
+
+    def popen(command, **more):
+        return (
+            real([sys.executable, "-c", f"raise SystemExit({codes.pop()})"], **more) if codes else real(command, **more)
+        )
+
+    monkeypatch.setattr(study_module.subprocess, "Popen", popen)
+    assert {r.status for r in run_study(TwoWorkers(job(data, tmp_path), 0))} == {"finished"}
 
 
 def test_nothing_is_started_that_would_end_too_late(data, tmp_path):

@@ -20,7 +20,7 @@ from ssa.data.lock import folder_lock
 from ssa.errors import ConfigError
 from ssa.reproduce.piece import Result, read_result
 from ssa.reproduce.plan import SCALES
-from ssa.reproduce.worker import CLAIMS, PIECES, Job, work
+from ssa.reproduce.worker import CLAIMS, PIECES, UNUSABLE, Job, work
 
 JOB, LOGS, CALLS = "job.json", "logs", "calls.jsonl"
 POLL_SECONDS = 0.5
@@ -150,21 +150,27 @@ class _Watch:
 
 
 def _run_workers(study: Study, out: Path, watch: _Watch) -> None:
+    """One process per device until all have ended; one whose GPU context broke is replaced."""
     with ExitStack() as stack:
-        processes = []
-        for number, device in enumerate(study.devices):
-            log = stack.enter_context((out / LOGS / f"worker-{number}.log").open("w"))
-            command = [sys.executable, "-m", "ssa.reproduce.worker", str(out / JOB), device]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        logs = [stack.enter_context((out / LOGS / f"worker-{n}.log").open("w")) for n in range(len(study.devices))]
+
+        def start(number: int) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "ssa.reproduce.worker", str(out / JOB), study.devices[number]]
+            return subprocess.Popen(command, stdout=logs[number], stderr=subprocess.STDOUT)
+
+        processes = [start(number) for number in range(len(study.devices))]
         try:
             while any(process.poll() is None for process in processes):
                 time.sleep(POLL_SECONDS)
                 watch.look()
+                for number, process in enumerate(processes):
+                    if process.poll() == UNUSABLE:
+                        processes[number] = start(number)
         except BaseException:
             for process in processes:
                 process.terminate()
             raise
-    if broken := [number for number, process in enumerate(processes) if process.returncode]:
-        logs = ", ".join(str(out / LOGS / f"worker-{number}.log") for number in broken)
-        if len(broken) == len(processes):
-            raise ConfigError("ssa reproduce", "workers that ended with an error", "running ones", f"reading {logs}")
+    broken = [number for number, process in enumerate(processes) if process.returncode not in (0, UNUSABLE)]
+    if broken and len(broken) == len(processes):
+        logs_of = ", ".join(str(out / LOGS / f"worker-{number}.log") for number in broken)
+        raise ConfigError("ssa reproduce", "workers that ended with an error", "running ones", f"reading {logs_of}")

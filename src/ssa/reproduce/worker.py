@@ -20,6 +20,7 @@ from ssa.reproduce.piece import Result, read_result, run_piece
 from ssa.reproduce.plan import SCALES, Piece, pieces
 
 PIECES, CLAIMS = "pieces", "claims"
+UNUSABLE = 3  # exit code of a process whose GPU context is broken
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,12 @@ def claim(job: Job, piece: Piece) -> bool:
     return True
 
 
-def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) -> None:
-    """Do pieces until none is left, or none would be finished by the deadline."""
+def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) -> bool:
+    """Do pieces until none is left, or none would be finished by the deadline.
+
+    Returns:
+        False if a piece left the GPU unusable for this process; another process may go on.
+    """
     scale = SCALES[job.scale]
     took: list[float] = []
     if device.startswith("cuda"):
@@ -94,7 +99,7 @@ def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) ->
         expected = max(took[1:], default=scale.seconds)  # the first also compiled this process's kernels
         if job.deadline is not None and time.time() + expected > job.deadline:
             print(f"no time for {piece.name}: {expected:.0f} s expected", flush=True)
-            return
+            return True
         if not claim(job, piece):
             continue
         began = time.perf_counter()
@@ -104,6 +109,20 @@ def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) ->
             took.append(seconds)
         print(f"{piece.name}: {result.status} after {seconds:.1f} s {result.message or ''}", flush=True)
         on_result()
+        if not result.is_done and not _usable(device):
+            return False
+    return True
+
+
+def _usable(device: str) -> bool:
+    """Whether the GPU still answers: after some errors every later call of the process fails."""
+    if not device.startswith("cuda"):
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,8 +130,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    work(Job.read(Path(argv[0])), argv[1])
-    return 0
+    return 0 if work(Job.read(Path(argv[0])), argv[1]) else UNUSABLE
 
 
 if __name__ == "__main__":
