@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ssa.errors import ConfigError
 from ssa.report import formats
-from ssa.report.claims import EQUAL_PERCENT, Claim, Verdict, all_claims
+from ssa.report.claims import Claim, Verdict, all_claims
 from ssa.report.findings import Table, all_tables, core_table
 from ssa.report.own_claims import own_claims, verdict_text
 from ssa.report.study import Study
@@ -19,8 +19,8 @@ from ssa.report.wording import data_line, distinct, machine_line, statement
 RULE = (
     "A claim that a difference has a sign is *reproduced* if the 95 % t interval of the difference, paired by seed, "
     "lies wholly on the claimed side of zero (in a chain of methods for every neighbouring pair), *refuted* if one "
-    "lies wholly on the other side, else *not resolved at this scale*. Equality means within "
-    f"{EQUAL_PERCENT:g} %. A short run that stays finite neither proves nor refutes a claim of instability."
+    "lies wholly on the other side, else *not resolved at this scale*. For 'no worse' a margin, which the claim names, "
+    "stands in place of zero. A short run that stays finite neither proves nor refutes a claim of instability."
 )
 STYLES = {Verdict.REPRODUCED: "green", Verdict.REFUTED: "red", Verdict.UNRESOLVED: "yellow", Verdict.MISSING: "dim"}
 
