@@ -96,7 +96,7 @@ def work(job: Job, device: str, on_result: Callable[[], None] = lambda: None) ->
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current device
     for piece in job.pieces():
-        expected = max(took[1:], default=scale.seconds)  # the first also compiled this process's kernels
+        expected = max(took[1:][-3:], default=scale.seconds)  # the first also compiled this process's kernels
         if job.deadline is not None and time.time() + expected > job.deadline:
             print(f"no time for {piece.name}: {expected:.0f} s expected", flush=True)
             return True
