@@ -129,10 +129,10 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     Args:
         mask: bool ``[L, M]`` or ``[n, 1, 1, L, M]``.
     """
-    n, H = q.shape[0], q.shape[2]
+    H = q.shape[2]
     mask = mask.view(-1, 1, *mask.shape[-2:])  # [n or 1, 1, L, M]
     sees = mask.any(-1, keepdim=True)
-    mask = (mask | ~sees).expand(n, H, -1, -1)  # a softmax over nothing is NaN; its row becomes 0 below
+    mask = mask | ~sees  # a softmax over nothing is NaN; its row becomes 0 below
     q, k, v = (x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return (out * sees).transpose(1, 2)
