@@ -19,7 +19,7 @@ from ssa.report.own_claims import own_claims, verdict_text
 from ssa.report.results import EVALUATION_SCHEMA, MAJOR, METRICS_SCHEMA
 from ssa.report.runs import METHODS, Group
 from ssa.report.study import Study
-from ssa.report.study_text import RULE, effort
+from ssa.report.study_text import RULE, call_lines, effort, study_commands
 from ssa.report.study_text import outcome as study_outcome
 from ssa.report.style import COLOURS, OTHER_COLOUR, Figure
 from ssa.report.table import headline
@@ -74,7 +74,8 @@ def render_page(groups: Sequence[Group], figures: Sequence[Figure], study: Study
         large=formats.large,
         data=distinct(evaluations, data_line),
         machines=distinct(evaluations, machine_line),
-        commands=distinct(evaluations, lambda evaluation: evaluation.command or ""),
+        commands=study_commands(study) if study else distinct(evaluations, lambda item: item.command or ""),
+        calls=call_lines(study) if study else [],
         schemas=f"{EVALUATION_SCHEMA}/{MAJOR}, {METRICS_SCHEMA}/{MAJOR}",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich import box
@@ -43,6 +44,21 @@ def effort(study: Study) -> str:
         text += f" on {gpus} GPU{'s' * (gpus > 1)}: {study.gpu_seconds / 60:.1f} GPU minutes" if gpus else " on a CPU"
     failed = len(study.pieces) - len(done)
     return f"{text} ({failed} pieces failed and are left out)." if failed else f"{text}."
+
+
+def study_commands(study: Study) -> list[str]:
+    """The commands that give these pieces, without the choice of a variant."""
+    evaluations = [piece.run.evaluation for piece in study.pieces if piece.run and piece.run.evaluation]
+    return distinct(evaluations, lambda item: re.sub(r" --only \S+", "", item.command or ""))
+
+
+def call_lines(study: Study) -> list[str]:
+    """When the study was at work, on what, for how long."""
+    return [
+        f"{call.began}: {call.seconds:.0f} s on {call.gpus} GPU{'s' * (call.gpus != 1)}, {call.workers} "
+        f"process{'es' * (call.workers != 1)}, {call.pieces} pieces"
+        for call in study.calls
+    ]
 
 
 def render_claims(study: Study) -> RichTable:
@@ -106,7 +122,8 @@ def claims_markdown(study: Study) -> str:
     lines += [
         "Written by `ssa reproduce` (or `ssa reproduce --report`) from the result files of its pieces; not edited."
     ]
-    facts = [*distinct(evaluations, data_line), *distinct(evaluations, machine_line)]
+    commands = [f"command: {line} --data DATA --out STUDY" for line in study_commands(study)]
+    facts = [*commands, *distinct(evaluations, data_line), *distinct(evaluations, machine_line), *call_lines(study)]
     lines += ["", *(f"- {_escape(line)}" for line in facts), f"- commit {_escape(', '.join(commits) or 'unknown')}"]
     return "\n".join(lines) + "\n"
 
