@@ -19,19 +19,14 @@ Role = Literal["core", "fraction", "ablation"]
 METHODS = ("ssa", "full", "moba")
 #: Shipped recipes of `ablations/` that align on a fraction of the queries.
 FRACTIONS = ("sampled-8", "sampled-4", "sampled-16")
-#: Shipped recipes of `ablations/` that a claim needs or that show most, in order of importance.
-URGENT = (
-    "sparsity-only",
-    "commitment-only",
-    "layer-streams",
-    "no-alignment",
+#: Shipped recipes of `ablations/` that a claim of the paper is about.
+CLAIMED = ("sparsity-only", "commitment-only", "layer-streams", "no-alignment")
+#: The others, in order of importance.
+ABLATIONS = (
     "alpha-160",
     "official-top-k",
     "p-0",
     "p-1",
-)
-#: The other ablations.
-ABLATIONS = (
     "alpha-1",
     "alpha-40",
     "raw",
@@ -55,7 +50,7 @@ class Scale:
         name: folder of its recipes.
         seconds: expected duration of a piece, for the first estimate; then the measured one counts.
         seeds: of the core methods and the fractions; ablations have the first.
-        more_seeds: of the core methods and the first fraction, done after the ablations of `URGENT`.
+        more_seeds: further ones of SSA, FullAttn, MoBA and the first fraction, done later.
         fields: receptive fields of the perplexity runs, in tokens.
         rows: held-out rows for perplexity.
         statistics_rows: rows for the attention statistics.
@@ -153,8 +148,8 @@ def pieces(
     changes: dict[str, Any] | None = None,
     brief: bool = False,
 ) -> list[Piece]:
-    """All pieces in order of importance: SSA, FullAttn and MoBA seed by seed; alignment on 1/8 of the queries; NSA;
-    the other fractions; ablations that a claim needs; further seeds; the other ablations.
+    """All pieces in order of importance: SSA, FullAttn and MoBA seed by seed; alignment on 1/8 of the queries; the
+    ablations that a claim is about; NSA; further seeds; the other fractions; the other ablations.
 
     Args:
         seeds: instead of the scale's.
@@ -176,16 +171,17 @@ def pieces(
 
 
 def _pieces(scale: Scale, seeds: tuple[int, ...], more: tuple[int, ...]) -> Iterator[Piece]:
+    first, *others = FRACTIONS
     for seed in seeds:
         yield from (_core(scale, method, seed) for method in METHODS)
-    for name in FRACTIONS:
-        yield from (_variant(scale, name, seed, "fraction") for seed in seeds)
-        if name == FRACTIONS[0]:
-            yield from (_core(scale, "nsa", seed) for seed in seeds)
-    yield from (_variant(scale, name, seeds[0], "ablation") for name in URGENT)
+    yield from (_variant(scale, first, seed, "fraction") for seed in seeds)
+    yield from (_variant(scale, name, seeds[0], "ablation") for name in CLAIMED)
+    yield from (_core(scale, "nsa", seed) for seed in seeds)
     for seed in more:
         yield from (_core(scale, method, seed) for method in METHODS)
-        yield _variant(scale, FRACTIONS[0], seed, "fraction")
+        yield _variant(scale, first, seed, "fraction")
+    for name in others:
+        yield from (_variant(scale, name, seed, "fraction") for seed in seeds)
     yield from (_variant(scale, name, seeds[0], "ablation") for name in ABLATIONS)
 
 
