@@ -1,14 +1,11 @@
 """Run by test_sparse_triton.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from ssa import DocumentLayout
 from ssa.ops import SparseSpec, select_blocks, sparse_attention
 from ssa.ops.sparse import triton, triton_index
-from ssa.ops.sparse.triton_index import reader_index
 
 LAYOUT = DocumentLayout.from_lengths([[35, 12]])
 S = 16
@@ -20,44 +17,18 @@ def case(H: int, K: int, D: int = 16) -> tuple[list[Tensor], Tensor]:
     return inputs, select_blocks(*inputs[:2], SparseSpec(S, 2), LAYOUT, backend="reference")
 
 
-def compare_shares() -> None:
-    """The work items of any number of programs: every list once, in order, none beyond a program's share; and who
-    starts where."""
-    _, indices = case(4, 2)
-    grid = LAYOUT.block_grid(4 * S)
-    offsets, words = triton._bitmap_rows(LAYOUT, S, "cpu")
-    for programs, cost, fits in itertools.product(((4, 4, 4), (64, 8, 4)), ((16, 26, 40), (99, 1, 99)), (True, False)):
-        triton_index.GROUP_COST, triton_index.BITMAP_BYTES, triton_index.SEGMENT = cost, (1 << 30) * fits, 9
-        index = reader_index(indices[0], grid.first_block, grid.block_start, offsets, words, True, programs)
-        entry_offset, work_offset, work = index.entry_offset.tolist(), index.work_offset.tolist(), index.work.tolist()
-        Z = 2 * grid.num_blocks
-        begins = {0: 0, 4 * Z: 1, 6 * Z: 2}
-        for level, (region, end) in enumerate(itertools.pairwise((*begins, 7 * Z))):
-            first, entries = entry_offset[region], entry_offset[end] - entry_offset[region]
-            share = max(triton_index.SEGMENT, -(-entries // programs[level]))
-            at = first
-            for group in range(region, end):
-                for item in work[work_offset[group] : work_offset[group + 1]]:
-                    assert item[0] == group
-                    assert item[1] == at, "lists without gaps"
-                    at = item[2]
-                    assert (item[1] - first) // share == (item[2] - 1 - first) // share, "inside one share"
-                assert at == entry_offset[group + 1]
-            starts = index.first_work[sum(programs[:level]) :].tolist()
-            for program in range(-(-entries // share)):
-                assert work[starts[program]][1] == first + program * share
-    triton_index.GROUP_COST, triton_index.BITMAP_BYTES, triton_index.SEGMENT = (16, 26, 40), 1 << 30, 64
-
-
 def compare_gradients() -> None:
-    """Groups of every size, shares that cut lists, both ways to the log-sum-exp's masks; against the reference."""
+    """Groups of every size, in segments, both ways round; all tiles by the union kernels, both ways to mask."""
     (q, k, v), indices = case(4, 2)
     weight = torch.randn(q.shape)
     expected = None
     shipped, segment = triton.strategy, triton_index.SEGMENT
-    for cost in ((1, 99, 99), (99, 1, 99), (99, 99, 1)):
+    for keys_first, cost in ((False, (1, 99, 99)), (False, (99, 1, 99)), (True, (99, 99, 1)), (True, (1, 99, 99))):
         triton_index.GROUP_COST, triton_index.SEGMENT = cost, 15
-        triton.strategy = lambda *a, **b: shipped(*a, **b)._replace(limit=1 << 20)
+        plan = shipped(4, 2, 16, S, 2)
+        dkv = tuple(x._replace(keys_first=keys_first) for x in plan.dkv)
+        plan = plan._replace(limit=1 << 20, dkv=dkv, select=(keys_first, keys_first))
+        triton.strategy = lambda *_, plan=plan: plan
         out, lse = sparse_attention(q, k, v, indices, S, LAYOUT, return_lse=True, backend="triton")
         mine = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
         if expected is None:
@@ -65,7 +36,7 @@ def compare_gradients() -> None:
             expected = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
         for a, b in zip(mine, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    triton.strategy, triton_index.GROUP_COST, triton_index.SEGMENT = shipped, (16, 26, 40), segment
+    triton.strategy, triton_index.GROUP_COST, triton_index.SEGMENT = shipped, (16, 29, 46), segment
 
 
 def compare_addends() -> None:
@@ -87,6 +58,5 @@ def compare_addends() -> None:
 
 
 if __name__ == "__main__":
-    compare_shares()
     compare_gradients()
     compare_addends()

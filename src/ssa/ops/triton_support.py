@@ -23,7 +23,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 MAX_TOKENS = 1 << 27  # an entry of the inverted index packs a token and four flags into 31 bits
-MAX_ENTRIES = (1 << 31) - (1 << 14)  # the rest is for sums beyond the last entry
+MAX_ENTRIES = (1 << 31) - (1 << 11)
 LOG2E = math.log2(math.e)
 
 
@@ -34,11 +34,15 @@ def layout_of(lengths: tuple[int, ...], batch: int, tokens: int) -> DocumentLayo
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel, most registers per thread (None: the compiler's choice)."""
+    """Warps and pipeline stages of a kernel, most registers per thread (None: the compiler's choice).
+
+    ``overlap``: may start before the kernel ahead of it has ended (programmatic dependent launch).
+    """
 
     warps: int
     stages: int = 2
     registers: int | None = None
+    overlap: bool = False
 
 
 class Launcher:
@@ -70,8 +74,9 @@ class Launcher:
                 *grid, self.stream, known.function, known.packed_metadata, None, None, None, *arguments, *constants
             )
             return
+        options = {"launch_pdl": True} if how.overlap else {}
         compiled = kernel[grid](
-            *arguments, *constants, num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers
+            *arguments, *constants, num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers, **options
         )
         if compiled is not None:  # None from the interpreter
             _COMPILED[key] = compiled
@@ -141,15 +146,15 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 @cache
-def small_shared_memory(index: int | None) -> bool:
-    """Whether a CUDA device has less than 160 KiB of shared memory per block (compute capability 8.6, 8.9, 12.x)."""
-    return torch.cuda.is_available() and capability(index) not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
+def can_overlap(index: int | None) -> bool:
+    """Whether a kernel may begin while the one ahead of it in the stream runs its last programs."""
+    return torch.cuda.is_available() and capability(index)[0] >= 9 and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @cache
-def multiprocessors(index: int | None) -> int:
-    """Multiprocessors of a CUDA device; 4 where there is none (the interpreter)."""
-    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
+def small_shared_memory(index: int | None) -> bool:
+    """Whether a CUDA device has less than 160 KiB of shared memory per block (compute capability 8.6, 8.9, 12.x)."""
+    return torch.cuda.is_available() and capability(index) not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
 
 
 def rows(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

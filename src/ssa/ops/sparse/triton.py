@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
-from ssa.ops.sparse import triton_index
 from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_dq_kernel, union_dq_kernel
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
+from ssa.ops.sparse.triton_index import reader_index
 from ssa.ops.sparse.triton_union import union_kernel
 from ssa.ops.triton_support import (
     LOG2E,
     Launch,
     Launcher,
     aligned,
+    can_overlap,
     ceil_div,
     layout_of,
-    multiprocessors,
     next_power_of_two,
     on_device,
     rows,
@@ -45,12 +45,11 @@ class Tile(NamedTuple):
 
 class Readers(NamedTuple):
     """How dk and dv of groups of one size are computed: ``tokens`` x ``columns`` (keys) per step, keys as rows of the
-    products or not, ``programs`` per multiprocessor."""
+    products or not."""
 
     tokens: int
     columns: int
     keys_first: bool
-    programs: int
     how: Launch
 
 
@@ -59,6 +58,7 @@ class Strategy(NamedTuple):
 
     ``tokens`` per union tile; a tile goes to the union kernels if the union of the tile before it has at most ``limit``
     blocks, else its tokens go to the token kernels. ``dkv``: for groups of 1, 2 and 4 blocks.
+    ``select``: mask blocks of the union by a choice per row and block (forward, dq). ``overlap``: launches of dk/dv.
     """
 
     tokens: int
@@ -70,6 +70,7 @@ class Strategy(NamedTuple):
     token_dq: Tile
     dkv: tuple[Readers, Readers, Readers]
     merge: bool
+    overlap: bool
 
 
 @lru_cache(maxsize=256)
@@ -87,20 +88,20 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     columns = 64 if DP <= 128 else 16
     columns = max(16, columns // 2) if small else columns
     how = Launch(4, 3 if DP <= 64 and not small else 2)
-    readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, 2, how)
-    one, two = (4, 3) if DP <= 64 else (3, 2)  # programs that a multiprocessor holds
+    readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, how)
     return Strategy(
         tokens=tokens,
         limit=max(slots * 3 // 2, tokens * slots // 2),
         union_forward=Tile(32, Launch(warps, 3))
         if DP == 128
         else Tile(wide, Launch(warps, 2, 128 if narrow else None)),
-        union_dq=Tile(32, Launch(warps, 3, 96)) if narrow else Tile(wide, Launch(warps)),
+        union_dq=Tile(wide, Launch(warps, 2, 128 if narrow else None)),
         select=(False, False),
         token_forward=token,
         token_dq=token,
-        dkv=(readers._replace(programs=one), readers._replace(programs=two), readers),
+        dkv=(readers, readers, readers),
         merge=S <= 32,
+        overlap=False,
     )
 
 
@@ -259,24 +260,22 @@ def _backward(
     grid = layout.block_grid(4 * block_size, q.device)
     super_start, supers = grid.block_start, grid.num_blocks
     word_offset, words = _bitmap_rows(layout, block_size, str(q.device))
-    processors = multiprocessors(q.device.index)
-    one, two, four = (4 * ceil_div(processors * readers.programs, 4) for readers in plan.dkv)
-    programs = (one, two, four)  # multiples of 4, so that the parts of `first_work` are aligned
-    index = triton_index.reader_index(
-        indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge, programs
-    )
+    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
     part_rows = index.units * x.S
-    narrow = x.N * max(q_strides[0], d_strides[0], 8 * x.H) < 1 << 34  # offsets in units of 8 elements fit in 32 bits
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=q.device)
-    for level, (tokens, columns, keys_first, _, how) in list(enumerate(plan.dkv))[: index.sizes]:
-        first_work = index.first_work[sum(programs[:level]) :]
-        arguments = (
-            q, k, v, d_out, lse, delta, index.entry, index.entry_offset, index.work, index.work_offset, first_work,
-            super_start, part, *strides, x.H, x.K, supers, part_rows, x.c,
-        )  # fmt: skip
+    narrow = x.N * max(q_strides[0], d_strides[0], 8 * x.H) < 1 << 34  # offsets in units of 8 elements fit in 32 bits
+    arguments = (
+        q, k, v, d_out, lse, delta, index.entry, index.work, index.work_offset, super_start, part, *strides,
+        x.H, x.K, supers, part_rows, x.c,
+    )  # fmt: skip
+    levels = len(index.most_works)
+    overlap = plan.overlap and can_overlap(q.device.index)
+    for level in reversed(range(levels)):
+        tokens, columns, keys_first, how = plan.dkv[level]
         key_rows = min(x.S << level, columns)
-        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, triton_index.SEGMENT, narrow)
-        launch(dkv_kernel, (programs[level], (x.S << level) // key_rows, 1), arguments, constants, how)
+        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, narrow, overlap)
+        grid_size = (index.most_works[level], (x.S << level) // key_rows, 1)
+        launch(dkv_kernel, grid_size, arguments, constants, how._replace(overlap=overlap and level < levels - 1))
     arguments = (part, index.work_offset, index.level, super_start, dk, dv, dk_plus, dv_plus, x.K, supers, part_rows)
     launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S, plus), Launch(4))
     return dq, dk, dv

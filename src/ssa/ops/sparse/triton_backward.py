@@ -226,10 +226,8 @@ def dkv_kernel(
     lse_ptr,  # [N, H]
     delta_ptr,  # [N, H]
     entry_ptr,  # readers of each group of blocks: token * 16 + bit per block of the group
-    entry_offset_ptr,  # [groups + 1] first entry of each group
     work_ptr,  # [works, 3] group, first entry, end
     work_offset_ptr,  # [groups + 1] first work item of each group
-    first_work_ptr,  # [programs] first work item of each program
     super_start_ptr,  # [supers + 1] first key row of each super-block of 4 blocks
     part_ptr,  # [2, units * S, DP] float32 partial dk, dv
     q_row,
@@ -254,86 +252,92 @@ def dkv_kernel(
     CT: tl.constexpr,
     TQ: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
-    LEAST: tl.constexpr,
     NARROW: tl.constexpr,  # whether offsets in units of 8 elements fit in 32 bits
+    OVERLAP: tl.constexpr,
 ):
-    """Partial dk, dv of CT key rows of this program's work items; program axis 1 walks the rows of an item."""
+    """Partial dk, dv of CT key rows of one work item; program axis 1 walks the item's NB * S rows.
+
+    OVERLAP: the launches for the sizes of groups need not wait for each other, so the next begins when all programs of
+    this one have. One program waits for the launch before, so that none has ended before that one has.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     NB: tl.constexpr = 1 << LEVEL
     GROUPS: tl.constexpr = 4 // NB  # per super-block
-    pid, programs, Z = tl.program_id(0), tl.num_programs(0), K * supers
+    pid, Z = tl.program_id(0), K * supers
     region = (8 - (8 >> LEVEL)) * Z  # first group of this size
-    entries = tl.load(entry_offset_ptr + (8 - (8 >> (LEVEL + 1))) * Z) - tl.load(entry_offset_ptr + region)
-    share = tl.maximum((entries + programs - 1) // programs, LEAST)
-    if pid * share >= entries:
+    before = tl.load(work_offset_ptr + region)
+    work = before + pid
+    if work >= tl.load(work_offset_ptr + (8 - (8 >> (LEVEL + 1))) * Z):
+        if OVERLAP:  # noqa: SIM102 - `and` would compile the branch in any case
+            if pid == 0:
+                tl.extra.cuda.gdc_wait()
         return
-    before, after = tl.load(work_offset_ptr + region), tl.load(work_offset_ptr + (8 - (8 >> (LEVEL + 1))) * Z)
-    unit0 = before
+    unit = before + (pid << LEVEL)
     if LEVEL == 2:
-        before2 = tl.load(work_offset_ptr + 4 * Z)
-        unit0 = before2 + 2 * (before - before2)
-    work0 = tl.load(first_work_ptr + pid)
-    work1 = tl.load(first_work_ptr + pid + 1, mask=(pid + 1) * share < entries, other=0)
-    work1 = tl.where((pid + 1) * share < entries, work1, after)
+        unit += before - tl.load(work_offset_ptr + 4 * Z)  # those of size 2 take two each
     n = tl.program_id(1) * CT + tl.arange(0, CT)
     bit = n // S
     M: tl.constexpr = TQ * GP
     r, d = tl.arange(0, M), tl.arange(0, DP)
     g = r % GP
-    for work in range(work0, work1):
-        group = tl.load(work_ptr + work * 3) - region
-        first, last = tl.load(work_ptr + work * 3 + 1), tl.load(work_ptr + work * 3 + 2)
-        head, in_head = group // (supers * GROUPS), group % (supers * GROUPS)
-        super_block, j = in_head // GROUPS, in_head % GROUPS
-        key_row = tl.load(super_start_ptr + super_block) + j * NB * S + n
-        key_end = tl.load(super_start_ptr + super_block + 1)
-        key = tl.minimum(key_row, key_end - 1)
-        k_nd = load_rows(k_ptr + head * k_head, key, k_row, D, DP)
-        v_nd = load_rows(v_ptr + head * v_head, key, v_row, D, DP)
-        if KEYS_FIRST:
-            dk, dv = tl.zeros([CT, DP], tl.float32), tl.zeros([CT, DP], tl.float32)
+    group = tl.load(work_ptr + work * 3) - region
+    first, last = tl.load(work_ptr + work * 3 + 1), tl.load(work_ptr + work * 3 + 2)
+    head, in_head = group // (supers * GROUPS), group % (supers * GROUPS)
+    super_block, j = in_head // GROUPS, in_head % GROUPS
+    key_row = tl.load(super_start_ptr + super_block) + j * NB * S + n
+    key_end = tl.load(super_start_ptr + super_block + 1)
+    key = tl.minimum(key_row, key_end - 1)
+    k_nd = load_rows(k_ptr + head * k_head, key, k_row, D, DP)
+    v_nd = load_rows(v_ptr + head * v_head, key, v_row, D, DP)
+    if KEYS_FIRST:
+        dk, dv = tl.zeros([CT, DP], tl.float32), tl.zeros([CT, DP], tl.float32)
+    else:
+        dk, dv = tl.zeros([DP, CT], tl.float32), tl.zeros([DP, CT], tl.float32)
+    if G == GP:
+        h = head * G + g
+    else:
+        h = head * G + tl.minimum(g, G - 1)
+    next_entry = tl.load(entry_ptr + tl.minimum(first + r // GP, last - 1))
+    for e0 in range(first, last, TQ):
+        e = e0 + r // GP
+        live = (e < last) & (g < G)
+        entry = next_entry  # one step ahead, so that the rows below need not wait for it
+        next_entry = tl.load(entry_ptr + tl.minimum(e + TQ, last - 1))
+        token = entry >> 4
+        place = token if NARROW else token.to(tl.int64)
+        q_md = load_rows(q_ptr, place * (q_row // 8) + h * (q_head // 8), 8, D, DP)
+        do_md = load_rows(do_ptr, place * (do_row // 8) + h * (do_head // 8), 8, D, DP)
+        lse = tl.load(lse_ptr + place * H + h) * LOG2E
+        delta = tl.load(delta_ptr + place * H + h)
+        seen = tl.where(live, token, -1)
+        if KEYS_FIRST:  # p and ds stay in registers as the left factors of the last two products
+            s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision="ieee") * c - lse[None, :]
+            dp_nm = tl.dot(v_nd, tl.trans(do_md), input_precision="ieee")
+            visible = key_row[:, None] <= seen[None, :]
+            if NB > 1:
+                visible &= ((entry[None, :] >> bit[:, None]) & 1) != 0
+            p_nm = tl.where(visible, tl.exp2(s_nm), 0.0)
+            dv = tl.dot(p_nm.to(do_md.dtype), do_md, dv, input_precision="ieee")
+            ds_nm = p_nm * (dp_nm - delta[None, :])
+            dk = tl.dot(ds_nm.to(q_md.dtype), q_md, dk, input_precision="ieee")
         else:
-            dk, dv = tl.zeros([DP, CT], tl.float32), tl.zeros([DP, CT], tl.float32)
-        if G == GP:
-            h = head * G + g
-        else:
-            h = head * G + tl.minimum(g, G - 1)
-        next_entry = tl.load(entry_ptr + tl.minimum(first + r // GP, last - 1))
-        for e0 in range(first, last, TQ):
-            e = e0 + r // GP
-            live = (e < last) & (g < G)
-            entry = next_entry  # one step ahead, so that the rows below need not wait for it
-            next_entry = tl.load(entry_ptr + tl.minimum(e + TQ, last - 1))
-            token = entry >> 4
-            place = token if NARROW else token.to(tl.int64)
-            q_md = load_rows(q_ptr, place * (q_row // 8) + h * (q_head // 8), 8, D, DP)
-            do_md = load_rows(do_ptr, place * (do_row // 8) + h * (do_head // 8), 8, D, DP)
-            lse = tl.load(lse_ptr + place * H + h) * LOG2E
-            delta = tl.load(delta_ptr + place * H + h)
-            seen = tl.where(live, token, -1)
-            if KEYS_FIRST:  # p and ds stay in registers as the left factors of the last two products
-                s_nm = tl.dot(k_nd, tl.trans(q_md), input_precision="ieee") * c - lse[None, :]
-                dp_nm = tl.dot(v_nd, tl.trans(do_md), input_precision="ieee")
-                visible = key_row[:, None] <= seen[None, :]
-                if NB > 1:
-                    visible &= ((entry[None, :] >> bit[:, None]) & 1) != 0
-                p_nm = tl.where(visible, tl.exp2(s_nm), 0.0)
-                dv = tl.dot(p_nm.to(do_md.dtype), do_md, dv, input_precision="ieee")
-                ds_nm = p_nm * (dp_nm - delta[None, :])
-                dk = tl.dot(ds_nm.to(q_md.dtype), q_md, dk, input_precision="ieee")
-            else:
-                s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None]
-                dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
-                visible = key_row[None, :] <= seen[:, None]
-                if NB > 1:
-                    visible &= ((entry[:, None] >> bit[None, :]) & 1) != 0
-                p_mn = tl.where(visible, tl.exp2(s_mn), 0.0)
-                dv = tl.dot(tl.trans(do_md), p_mn.to(do_md.dtype), dv, input_precision="ieee")
-                ds_mn = p_mn * (dp_mn - delta[:, None])
-                dk = tl.dot(tl.trans(q_md), ds_mn.to(q_md.dtype), dk, input_precision="ieee")
-        part = (unit0 + ((work - before) << LEVEL)).to(tl.int64) * S + n
-        out = part[:, None] * DP + d[None, :] if KEYS_FIRST else part[None, :] * DP + d[:, None]
-        tl.store(part_ptr + out, dk * (c * LN2))
-        tl.store(part_ptr + part_rows.to(tl.int64) * DP + out, dv)
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None]
+            dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
+            visible = key_row[None, :] <= seen[:, None]
+            if NB > 1:
+                visible &= ((entry[:, None] >> bit[None, :]) & 1) != 0
+            p_mn = tl.where(visible, tl.exp2(s_mn), 0.0)
+            dv = tl.dot(tl.trans(do_md), p_mn.to(do_md.dtype), dv, input_precision="ieee")
+            ds_mn = p_mn * (dp_mn - delta[:, None])
+            dk = tl.dot(tl.trans(q_md), ds_mn.to(q_md.dtype), dk, input_precision="ieee")
+    part = unit.to(tl.int64) * S + n
+    out = part[:, None] * DP + d[None, :] if KEYS_FIRST else part[None, :] * DP + d[:, None]
+    tl.store(part_ptr + out, dk * (c * LN2))
+    tl.store(part_ptr + part_rows.to(tl.int64) * DP + out, dv)
+    if OVERLAP:  # noqa: SIM102
+        if pid == 0:
+            tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["supers", "part_rows"])

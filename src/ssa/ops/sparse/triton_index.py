@@ -23,9 +23,9 @@ from torch import Tensor
 from ssa.ops.triton_support import Launch, Launcher, ceil_div
 
 BITMAP_BYTES = 1 << 30  # at most; beyond it the index is sorted
-SEGMENT = 64  # readers that a program takes at least
+SEGMENT = 256  # readers per work item: bounds the work of a block that everybody reads
 WORDS = 128  # bitmap words per step of a program
-GROUP_COST = (16, 26, 40)  # cost of one reader of a group of 1, 2, 4 blocks, in sixteenths (docs/kernels.md)
+GROUP_COST = (16, 29, 46)  # of one reader of a group of 1, 2, 4 blocks, in sixteenths; merge what saves much
 
 
 @triton.jit
@@ -129,14 +129,10 @@ def compact_kernel(
     entry_ptr,  # token * 16 + bit per block of the group, ascending by token
     work_offset_ptr,  # [7 Z + 1]
     work_ptr,  # [works, 3]
-    first_work_ptr,  # [P1 + P2 + P4]
     supers,
     words,
     K,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P4: tl.constexpr,
-    LEAST: tl.constexpr,
+    SEGMENT: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """List the readers of one block, or of the group that begins with it, and their work items."""
@@ -152,7 +148,7 @@ def compact_kernel(
     end = tl.load(entry_offset_ptr + group + 1)
     if end == at:
         return
-    _cut(entry_offset_ptr, work_offset_ptr, work_ptr, first_work_ptr, group, Z, P1, P2, P4, LEAST)
+    _cut(work_ptr, tl.load(work_offset_ptr + group), group, at, end, SEGMENT)
     base = tl.load(word_offset_ptr + place)
     length = ((tl.load(word_offset_ptr + place + 1) - base) // 4).to(tl.int32)
     rows = bitmap_ptr + head.to(tl.int64) * words + base + j * length
@@ -178,78 +174,42 @@ def compact_kernel(
 
 
 @triton.jit
-def _share(entry_offset_ptr, Z, level: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr):
-    """First entry of the groups of one size, and how many entries each of P programs takes."""
-    first = tl.load(entry_offset_ptr + (8 - (8 >> level)) * Z)
-    end = tl.load(entry_offset_ptr + (8 - (8 >> (level + 1))) * Z)
-    return first, tl.maximum((end - first + P - 1) // P, LEAST)
-
-
-@triton.jit
-def _shares(entry_offset_ptr, group, Z, P1: tl.constexpr, P2: tl.constexpr, P4: tl.constexpr, LEAST: tl.constexpr):
-    """`_share` for the sizes of some groups, and where the size's programs begin."""
-    first1, share1 = _share(entry_offset_ptr, Z, 0, P1, LEAST)
-    first2, share2 = _share(entry_offset_ptr, Z, 1, P2, LEAST)
-    first4, share4 = _share(entry_offset_ptr, Z, 2, P4, LEAST)
-    one, two = group < 4 * Z, group < 6 * Z
-    first = tl.where(one, first1, tl.where(two, first2, first4))
-    return first, tl.where(one, share1, tl.where(two, share2, share4)), tl.where(one, 0, tl.where(two, P1, P1 + P2))
-
-
-@triton.jit
-def _cut(entry_offset_ptr, work_offset_ptr, work_ptr, first_work_ptr, group, Z, P1: tl.constexpr, P2: tl.constexpr,
-         P4: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
-    """Work items of one list (group, first entry, end), and which item each program begins with."""
-    at, end = tl.load(entry_offset_ptr + group), tl.load(entry_offset_ptr + group + 1)
-    work = tl.load(work_offset_ptr + group)
-    first, share, program0 = _shares(entry_offset_ptr, group, Z, P1, P2, P4, LEAST)
-    for i in range((at - first) // share, (end - 1 - first) // share + 1):
-        begin = first + i * share
+def _cut(work_ptr, work, group, first, end, SEGMENT: tl.constexpr):
+    """Work items of one list: group, first entry, end."""
+    for e in range(first, end, SEGMENT):
         tl.store(work_ptr + work * 3, group)
-        tl.store(work_ptr + work * 3 + 1, tl.maximum(begin, at))
-        tl.store(work_ptr + work * 3 + 2, begin + tl.minimum(share, end - begin))
-        tl.store(first_work_ptr + program0 + i, work, mask=begin >= at)
+        tl.store(work_ptr + work * 3 + 1, e)
+        tl.store(work_ptr + work * 3 + 2, tl.minimum(e + SEGMENT, end))
         work += 1
 
 
-@triton.jit(do_not_specialize=["Z"])
-def work_kernel(entry_offset_ptr, work_offset_ptr, work_ptr, first_work_ptr, Z, P1: tl.constexpr, P2: tl.constexpr,
-                P4: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
+@triton.jit
+def work_kernel(entry_offset_ptr, work_offset_ptr, work_ptr, SEGMENT: tl.constexpr):
     """Cut the list of one group into work items, where `compact_kernel` does not run."""
     group = tl.program_id(0)
-    if tl.load(entry_offset_ptr + group) < tl.load(entry_offset_ptr + group + 1):
-        _cut(entry_offset_ptr, work_offset_ptr, work_ptr, first_work_ptr, group, Z, P1, P2, P4, LEAST)
+    first, end = tl.load(entry_offset_ptr + group), tl.load(entry_offset_ptr + group + 1)
+    _cut(work_ptr, tl.load(work_offset_ptr + group), group, first, end, SEGMENT)
 
 
-@triton.jit(do_not_specialize=["Z"])
+@triton.jit(do_not_specialize=["groups"])
 def offset_kernel(
-    count_ptr,  # [7 Z] readers
-    entry_offset_ptr,  # [7 Z + 1]
-    work_offset_ptr,  # [7 Z + 1]
-    Z,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P4: tl.constexpr,
-    LEAST: tl.constexpr,
+    count_ptr,  # [groups] readers
+    entry_offset_ptr,  # [groups + 1]
+    work_offset_ptr,  # [groups + 1]
+    groups,
+    SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Where the list of each group and its work items begin. One program."""
     i = tl.arange(0, BLOCK)
-    groups = 7 * Z
     entries = tl.zeros([], tl.int32)
-    for g0 in range(0, groups + 1, BLOCK):
-        count = tl.load(count_ptr + g0 + i, mask=g0 + i < groups, other=0)
-        tl.store(entry_offset_ptr + g0 + i, entries + tl.cumsum(count) - count, mask=g0 + i <= groups)
-        entries += tl.sum(count)
-    tl.debug_barrier()
     works = tl.zeros([], tl.int32)
     for g0 in range(0, groups + 1, BLOCK):
-        group = g0 + i
-        at = tl.load(entry_offset_ptr + group, mask=group < groups, other=0)
-        count = tl.load(count_ptr + group, mask=group < groups, other=0)
-        first, share, _ = _shares(entry_offset_ptr, group, Z, P1, P2, P4, LEAST)
-        items = tl.where(count > 0, (at + count - 1 - first) // share - (at - first) // share + 1, 0)
-        tl.store(work_offset_ptr + group, works + tl.cumsum(items) - items, mask=group <= groups)
+        count = tl.load(count_ptr + g0 + i, mask=g0 + i < groups, other=0)
+        items = (count + SEGMENT - 1) // SEGMENT
+        tl.store(entry_offset_ptr + g0 + i, entries + tl.cumsum(count) - count, mask=g0 + i <= groups)
+        tl.store(work_offset_ptr + g0 + i, works + tl.cumsum(items) - items, mask=g0 + i <= groups)
+        entries += tl.sum(count)
         works += tl.sum(items)
 
 
@@ -257,12 +217,10 @@ class ReaderIndex(NamedTuple):
     """The lists and work items of one selection, on the device; the numbers of launches are host-side bounds."""
 
     entry: Tensor  # int32: readers of every group, one list after the other
-    entry_offset: Tensor  # int32 [7 Z + 1]: first entry of each group
     work: Tensor  # int32 [capacity, 3]: group, first entry, end
     work_offset: Tensor  # int32 [7 Z + 1]: first work item of each group
     level: Tensor  # int32 [Z]: log2 of the blocks per group of each (KV head, super-block)
-    first_work: Tensor  # int32: the first work item of each program, size after size
-    sizes: int  # sizes of groups that occur: 1, 2, 4
+    most_works: tuple[int, ...]  # bound of the work items of size 1, 2, 4
     units: int  # bound of the blocks that all work items cover
 
 
@@ -273,13 +231,8 @@ def reader_index(
     word_offset: Tensor,  # [supers + 1]
     words: int,
     merge: bool,
-    programs: tuple[int, int, int],  # of the kernel that reads the index, for groups of 1, 2 and 4 blocks
 ) -> ReaderIndex:
-    """Build the index; ``merge`` allows groups of more than one block.
-
-    The lists of one size stand one after the other, and each program takes an equal share of their entries, wherever
-    blocks begin and end: none works longer than another, and a block that everybody reads has many programs.
-    """
+    """Build the index; ``merge`` allows groups of more than one block."""
     N, K, slots = indices.shape
     supers, entries, device = super_start.numel() - 1, N * K * slots, indices.device
     Z = K * supers
@@ -288,8 +241,8 @@ def reader_index(
     launch = Launcher(device, indices.dtype, K, slots)
     integers = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
     entry_offset, work_offset = integers(7 * Z + 1), integers(7 * Z + 1)
-    work, first_work = integers(4 * Z + sum(programs), 3), integers(sum(programs))
-    cuts = (*programs, SEGMENT)
+    segments = ceil_div(entries, SEGMENT)
+    work = integers(4 * Z + segments, 3)
     if fits:
         level, count, entry = integers(Z), integers(7 * Z), integers(entries)
         bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
@@ -300,17 +253,20 @@ def reader_index(
     else:
         level = torch.zeros(Z, dtype=torch.int32, device=device)
         count, entry = _sorted_lists(indices, super_of_document, supers)
-    launch(offset_kernel, (1, 1, 1), (count, entry_offset, work_offset, Z), (*cuts, 4096), Launch(16))
+    arguments = (count, entry_offset, work_offset, 7 * Z)
+    launch(offset_kernel, (1, 1, 1), arguments, (SEGMENT, 4096), Launch(16))
     if fits:
         arguments = (
-            bitmap, word_offset, super_start, entry_offset, level, entry, work_offset, work, first_work, supers, words,
-            K,
+            bitmap, word_offset, super_start, entry_offset, level, entry, work_offset, work, supers, words, K,
         )  # fmt: skip
-        launch(compact_kernel, (supers, K, 4), arguments, (*cuts, WORDS), Launch(1))
+        launch(compact_kernel, (supers, K, 4), arguments, (SEGMENT, WORDS), Launch(1))
     else:
-        launch(work_kernel, (7 * Z, 1, 1), (entry_offset, work_offset, work, first_work, Z), cuts, Launch(1))
-    units = 4 * Z + sum(p << i for i, p in enumerate(programs[:levels]))
-    return ReaderIndex(entry, entry_offset, work, work_offset, level, first_work, levels, units)
+        launch(work_kernel, (7 * Z, 1, 1), (entry_offset, work_offset, work), (SEGMENT,), Launch(1))
+    # a group of b blocks is taken only if its readers are fewer than this multiple of its blocks' readers together
+    most = [min(1.0, GROUP_COST[0] / cost) for cost in GROUP_COST[: 3 if levels > 1 else 1]]
+    excess = max(b * share for b, share in zip((1, 2, 4), most, strict=False))
+    most_works = (4 * Z + segments, 2 * Z + segments, Z + segments)[:levels]
+    return ReaderIndex(entry, work, work_offset, level, most_works, 4 * Z + int(excess * segments) + 1)
 
 
 def _sorted_lists(indices: Tensor, super_of_document: Tensor, supers: int) -> tuple[Tensor, Tensor]:
