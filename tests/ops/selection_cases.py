@@ -7,6 +7,8 @@ import torch
 from ssa import DocumentLayout
 from ssa.ops import SparseSpec, select_blocks
 from ssa.ops.selection import triton as selection
+from ssa.ops.selection.triton import TileConfig
+from ssa.ops.triton_support import Launch
 
 
 def plain(q, k):
@@ -47,6 +49,8 @@ def compare(name: str) -> None:
     q, k = (torch.randn(layout.batch, layout.tokens, heads, D) for heads in (H, K))
     change(q, k)
     expected = select_blocks(q, k, spec, layout, backend="reference")
+    selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
+    selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
     for tokens in (0, 1 << 30) if change is plain else (0,):

@@ -29,7 +29,7 @@ SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
 SLAB_INTEGERS = 5  # per slab in `_slabs`
 COARSE_BLOCKS = 8  # blocks behind one key of a guess
-ONE_PASS_TOKENS = 4096  # longest document of a batch from which one pass is taken (docs/kernels.md)
+ONE_PASS_TOKENS = 65536  # longest document of a batch from which one pass is taken (docs/kernels.md)
 
 
 class TileConfig(NamedTuple):
@@ -41,25 +41,29 @@ class TileConfig(NamedTuple):
 
 
 @cache
-def lse_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
+def lse_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileConfig:
     """Measured on an H200 (docs/kernels.md); smaller tiles where shared memory is smaller or rows are longer."""
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 32 if D > 128 else 64, Launch(4, 2))
+    if guess:
+        return TileConfig(128, 32, Launch(4, 3))
     return TileConfig(128, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
 @cache
 def score_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileConfig:
-    """As :func:`lse_config`; sums beside the scores need more registers."""
+    """As :func:`lse_config`. More blocks with a guess: fewer sums beside the scores."""
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 64, Launch(4, 2))
-    return TileConfig(64, 64, Launch(4, 3, 128 if guess else 96) if D <= 64 else Launch(4, 2))
+    if guess:
+        return TileConfig(64, 128, Launch(4, 3, 168) if D <= 64 else Launch(4, 2))
+    return TileConfig(64, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
 @cache
 def refine_config(D: int, free: int) -> tuple[int, int | None]:
     """Blocks scored again at a time, of which ``free`` are kept; registers per thread."""
-    return max(32, 2 * next_power_of_two(free)), 80 if D <= 64 and free <= 16 else None
+    return max(32, 2 * next_power_of_two(free)), 64 if D <= 64 and free <= 16 else None
 
 
 def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout, scale: float) -> Tensor:
@@ -130,17 +134,19 @@ def _select(
     )  # fmt: skip
     launch(pool_kernel, (chunks, K, 1), arguments, (D, DP, S, COARSE_BLOCKS), Launch(4))
 
-    config = lse_config(D, where)
-    tile_start = layout.block_grid(config.tokens, device).block_start
+    first, config = lse_config(D, where, guess), score_config(D, where, guess)
+    assert first.tokens % config.tokens == 0  # both agree on what `score_kernel` sums
+    tile_start = layout.block_grid(first.tokens, device).block_start
     tiles = tile_start.numel() - 1
     lse = torch.empty(H, N, dtype=torch.float32, device=device)
+    edge = torch.empty_like(lse) if guess else lse  # else unused, as below
     arguments = (
-        q, pooled, coarse, lse, tile_start, starts, first_block, coarse_grid.first_block, tiles, *q_stride, N, K, c, G,
+        q, pooled, coarse, lse, edge, tile_start, starts, first_block, coarse_grid.first_block, tiles, *q_stride, N, K,
+        c, G,
     )  # fmt: skip
-    constants: tuple[Any, ...] = (D, DP, S, config.tokens, config.blocks, COARSE_BLOCKS, guess)
-    launch(lse_kernel, (tiles, H, 1), arguments, constants, config.how)
+    constants: tuple[Any, ...] = (D, DP, S, first.tokens, first.blocks, COARSE_BLOCKS, guess, config.blocks)
+    launch(lse_kernel, (tiles, H, 1), arguments, constants, first.how)
 
-    config = score_config(D, where, guess)
     tile_start = layout.block_grid(config.tokens, device).block_start
     slabs = _slabs(layout, S, K, config)
     width, chunk = slabs[0], chunk_blocks(slabs[0], S, official)
@@ -148,15 +154,14 @@ def _select(
     rows_at_most = max(plan[3] for plan in plans)
     score = torch.empty(rows_at_most, K, width, dtype=torch.float32, device=device)
     chunk_max = torch.empty(rows_at_most, K, width // chunk, dtype=torch.int32, device=device)
+    part = true_lse = off = lse
     if guess:
         part = torch.empty(width // config.blocks, H, rows_at_most, dtype=torch.float32, device=device)
-        true_lse = torch.empty(rows_at_most, H, dtype=torch.float32, device=device)
-        share = torch.empty(rows_at_most, K, dtype=torch.float32, device=device)
-    else:
-        part = true_lse = share = lse  # unused
+        true_lse, off = torch.empty(2, rows_at_most, H, dtype=torch.float32, device=device)
     out = torch.empty(B, T, K, num_blocks, dtype=torch.int32, device=device)
     free = num_blocks - first_blocks - local_blocks if not official else min(S // 2, num_blocks)
     KP = max(next_power_of_two(free), S // chunk if official else 1)
+    tile_constants = (D, DP, S, config.tokens, config.blocks)
     KP2, GP = next_power_of_two(num_blocks), max(16, next_power_of_two(G))
     for tile, tiles, row, count, seen in plans:
         size = (ceil_div(seen, config.blocks), tiles, K)
@@ -164,18 +169,17 @@ def _select(
             q, pooled, lse, score, chunk_max, part, tile_start, starts, first_block, tile, tiles, row, rows_at_most,
             *q_stride, N, K, width, c, first_blocks, local_blocks, G,
         )  # fmt: skip
-        launch(score_kernel, size, arguments, (D, DP, S, config.tokens, config.blocks, chunk, guess), config.how)
+        launch(score_kernel, size, arguments, (*tile_constants, chunk, first.tokens, guess), config.how)
         NCH = max(4, next_power_of_two(ceil_div(seen, chunk)))
         warps, constants = min(8, max(1, max(NCH, KP * chunk) // 1024)), (NCH, chunk, KP, KP2)
         if guess:
             arguments = (
-                q, pooled, lse, part, true_lse, share, tile_start, starts, first_block, tile, row, rows_at_most,
+                q, pooled, lse, edge, part, true_lse, off, tile_start, starts, first_block, tile, row, rows_at_most,
                 *q_stride, N, K, c, G,
             )  # fmt: skip
-            size = (tiles * (config.tokens // 16), K, 1)
-            launch(normalise_kernel, size, arguments, (D, DP, S, config.tokens, config.blocks, GP), Launch(4))
+            launch(normalise_kernel, (tiles, H, 1), arguments, (*tile_constants, first.tokens), Launch(4))
             arguments = (
-                q, pooled, true_lse, share, score, chunk_max, out, starts, first_block, row, *q_stride, K, width,
+                q, pooled, true_lse, off, score, chunk_max, out, starts, first_block, row, *q_stride, K, width,
                 num_blocks, c, first_blocks, local_blocks, G,
             )  # fmt: skip
             CT, registers = refine_config(D, free)

@@ -31,10 +31,8 @@ from ssa.ops.selection.triton_topk import _key
 
 NOTHING = tl.constexpr(float("-inf"))
 LARGE = tl.constexpr(2.0**100)  # a sum below it has not overflowed
-EDGE = tl.constexpr(16)  # first blocks, and most blocks after the last coarse key, that a guess takes one by one
+EDGE = tl.constexpr(16)  # first blocks that are taken one by one; most blocks after the last whole chunk
 CREDIBLE = tl.constexpr(2.0**60)  # a sum under a guess beyond this factor is computed again
-ROUNDING = tl.constexpr(2.0**-12)  # of a score, in base-2 logarithms, and of its logits relative to their size:
-ROUNDING_OF_LOGITS = tl.constexpr(2.0**-16)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -100,6 +98,12 @@ def _masked_logits(q_td, keys, block, complete, most, stride, c, D: tl.constexpr
 
 
 @triton.jit
+def _summed_before(position, S: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    """Blocks in tiles of BN that all tokens of ``position``'s tile of BT tokens see whole: `score_kernel` sums them."""
+    return (position // BT * BT + 1) // S // BN * BN
+
+
+@triton.jit
 def _lse_with_maximum(q_td, keys, complete, most, stride, c, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
     """L of rows with any logits, in two walks over the blocks."""
     n = tl.arange(0, 16)
@@ -119,6 +123,7 @@ def lse_kernel(
     pooled_ptr,  # [blocks, K, D]
     coarse_ptr,  # [chunks, K, D]
     lse_ptr,  # [H, N] float32, base 2; +inf where no block is complete, so that 2^(s - L) = 0
+    edge_ptr,  # [H, N] float32, with a guess: sum of 2^(s - L') over the blocks from `_summed_before` on
     tile_start_ptr,
     starts_ptr,
     first_block_ptr,
@@ -137,12 +142,13 @@ def lse_kernel(
     BN: tl.constexpr,
     R: tl.constexpr,
     GUESS: tl.constexpr,
+    SB: tl.constexpr,
 ):
     """L over the blocks complete at each token, or a guess of it; the longest tiles of a document start first.
 
-    The first blocks and those after the last chunk that every token sees whole are taken one by one. Between them a
-    guess counts R times the mean key of each chunk. Sums are relative to the largest logit of the blocks at the edges,
-    not to a running maximum. Only a row whose sum leaves the range of float32 that way is done again.
+    The first blocks and the last ones are taken one by one. Between them a guess counts R times the mean key of each
+    chunk. Sums are relative to the largest logit of the blocks at both edges, not to a running maximum. Only a row
+    whose sum leaves the range of float32 that way is done again.
     """
     head = tl.program_id(1)
     kv_head = head // G
@@ -160,16 +166,22 @@ def lse_kernel(
     stride = K * D
     keys = pooled_ptr + (first_block.to(tl.int64) * K + kv_head) * D
     tl.static_assert(R - 1 + BT // S + 1 <= EDGE, "the blocks after the last whole chunk must fit the edge")
-    tail = tl.maximum(least // R * R, EDGE)
-    edge = tl.arange(0, 2 * EDGE)
-    edge = tl.where(edge < EDGE, edge, tail + edge - EDGE)
-    x_tn = _masked_logits(q_td, keys, edge, complete, most, stride, c, D, DP)
-    m = tl.where(complete > 0, tl.ceil(tl.max(x_tn, 1)), 0.0)
-    l = tl.sum(tl.exp2(x_tn - m[:, None]), 1)
+    j = tl.arange(0, 2 * EDGE)
     if GUESS:
-        middle = coarse_ptr + (tl.load(first_chunk_ptr + row0).to(tl.int64) * K + kv_head) * D
-        lo, hi, weight = EDGE // R, tail // R, R
+        tail = _summed_before(position0, S, BT, SB)
+        recent = tl.maximum(most - EDGE, EDGE)
     else:
+        tail = tl.maximum(least // R * R, EDGE)
+        recent = tail
+    x_tn = _masked_logits(q_td, keys, tl.where(j < EDGE, j, recent + j - EDGE), complete, most, stride, c, D, DP)
+    m = tl.where(complete > 0, tl.ceil(tl.max(x_tn, 1)), 0.0)
+    e_tn = tl.exp2(x_tn - m[:, None])
+    if GUESS:
+        l = tl.sum(tl.where((j < EDGE) & (j < tail), e_tn, 0.0), 1)
+        middle = coarse_ptr + (tl.load(first_chunk_ptr + row0).to(tl.int64) * K + kv_head) * D
+        lo, hi, weight = EDGE // R, tl.maximum(tail, EDGE) // R, R
+    else:
+        l = tl.sum(e_tn, 1)
         middle = keys
         lo, hi, weight = EDGE + 0, tail, 1
     n = tl.arange(0, BN)
@@ -184,15 +196,21 @@ def lse_kernel(
         rest_tn = _masked_logits(q_td, middle, full + n, everyone, hi, stride, c, D, DP)
         between += tl.sum(tl.exp2(rest_tn - m[:, None]), 1)
     l += weight * between
-    out = lse_ptr + head.to(tl.int64) * N + row
+    out = head.to(tl.int64) * N + row
     if GUESS:
-        tl.store(out, tl.where(complete > 0, m + tl.log2(tl.minimum(l, LARGE)), float("inf")), mask=t < rows)
+        last, i = tl.zeros([BT], tl.float32), tl.arange(0, EDGE)
+        for n0 in range(tail, most, EDGE):
+            last_tn = _masked_logits(q_td, keys, n0 + i, complete, most, stride, c, D, DP)
+            last += tl.sum(tl.exp2(last_tn - m[:, None]), 1)
+        guess = tl.where(complete > 0, m + tl.log2(tl.minimum(l + last, LARGE)), float("inf"))
+        tl.store(lse_ptr + out, guess, mask=t < rows)
+        tl.store(edge_ptr + out, last * tl.exp2(m - guess), mask=t < rows)
     else:
         fits = (l < LARGE) & ((l > 0) | (complete == 0))
-        tl.store(out, tl.where(complete > 0, m + tl.log2(l), float("inf")), mask=(t < rows) & fits)
+        tl.store(lse_ptr + out, tl.where(complete > 0, m + tl.log2(l), float("inf")), mask=(t < rows) & fits)
         if tl.min(fits.to(tl.int32)) == 0:
             again = _lse_with_maximum(q_td, keys, complete, most, stride, c, D, DP, BT)
-            tl.store(out, again, mask=(t < rows) & (fits == 0))
+            tl.store(lse_ptr + out, again, mask=(t < rows) & (fits == 0))
 
 
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "slab_row0", "slab_rows", "N", "first_blocks", "local_blocks"])
@@ -202,7 +220,7 @@ def score_kernel(
     lse_ptr,  # [H, N]: L, or a guess of it
     score_ptr,  # [tokens of the slab, K, NC] float32; only columns that a top-k may read are written
     chunk_max_ptr,  # [tokens of the slab, K, NC / CS] int32: bits + 1 of the largest candidate score, 0 for none
-    part_ptr,  # [NC / BN, H, tokens of the slab] float32: sums of 2^(s - L) over the complete blocks of a tile
+    part_ptr,  # [NC / BN, H, tokens of the slab] float32: sums of 2^(s - L') of a tile before `_summed_before`
     tile_start_ptr,
     starts_ptr,
     first_block_ptr,
@@ -225,6 +243,7 @@ def score_kernel(
     BT: tl.constexpr,
     BN: tl.constexpr,
     CS: tl.constexpr,
+    LT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """Scores of one tile of tokens x one tile of blocks: the keys stay, the loop runs over the group's heads."""
@@ -234,8 +253,9 @@ def score_kernel(
     )
     n0 = tl.program_id(0) * BN
     most = (position0 + rows - 1) // S + 1 - local_blocks  # candidates of the tile's last token end here
+    summed = n0 < _summed_before(position0, S, LT, BN)
     if SUMS:
-        most = (position0 + rows) // S  # so do the blocks that it sees whole, at most one later
+        most = tl.where(summed, tl.maximum(most, n0 + BN), most)
     if n0 >= most:
         return
     t, d = tl.arange(0, BT), tl.arange(0, DP)
@@ -251,8 +271,6 @@ def score_kernel(
     lse_ptr += head0 * N + row
     part_head = tl.zeros([], tl.int64) + slab_rows
     part_ptr += (tl.program_id(0).to(tl.int64) * K * G + head0) * part_head + row - slab_row0
-    complete = (position0 + t + 1) // S
-    interior = n0 + BN <= (position0 + 1) // S  # all blocks are complete at all tokens
     score_tn = tl.zeros([BT, BN], tl.float32)
     live_td = live[:, None] & (d < D)[None, :]
     lse = tl.load(lse_ptr, mask=live, other=float("inf"))
@@ -262,9 +280,8 @@ def score_kernel(
         e_tn = tl.exp2(tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None])
         score_tn += e_tn
         if SUMS:
-            if not interior:
-                e_tn = tl.where(block[None, :] < complete[:, None], e_tn, 0.0)
-            tl.store(part_ptr, tl.sum(e_tn, 1), mask=live)
+            if summed:
+                tl.store(part_ptr, tl.sum(e_tn, 1), mask=live)
             part_ptr += part_head
         lse = next_lse
     slab_row = ((row - slab_row0) * K + kv_head) * NC
@@ -282,9 +299,10 @@ def normalise_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
     guess_ptr,  # [H, N]: the guess under which the sums were taken
+    edge_ptr,  # [H, N]
     part_ptr,  # [NC / BN, H, tokens of the slab]
     lse_ptr,  # [tokens of the slab, H]: L
-    share_ptr,  # [tokens of the slab, K]: least share of the k-th best score that one of the k best has; 0: unknown
+    off_ptr,  # [tokens of the slab, H]: L - L'; +inf if too far apart for sums of float32
     tile_start_ptr,
     starts_ptr,
     first_block_ptr,
@@ -302,59 +320,35 @@ def normalise_kernel(
     S: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    GP: tl.constexpr,
+    LT: tl.constexpr,
 ):
-    """True L of 16 tokens, and by how much the guess differed between the heads of a group."""
-    kv_head = tl.program_id(1)
-    subtile = tl.program_id(0) % (BT // 16)
-    row0, rows, position0, first_block = _tile(
-        tile0 + tl.program_id(0) // (BT // 16), tile_start_ptr, starts_ptr, first_block_ptr
-    )
-    row0, rows, position0 = row0 + subtile * 16, tl.minimum(rows - subtile * 16, 16), position0 + subtile * 16
-    if rows <= 0:
-        return
-    t, g = tl.arange(0, 16), tl.arange(0, GP)
-    row = row0.to(tl.int64) + t
+    """L of one tile of tokens and one head from the sums under the guess."""
+    head = tl.program_id(1)
+    row0, rows, position0, first_block = _tile(tile0 + tl.program_id(0), tile_start_ptr, starts_ptr, first_block_ptr)
+    t, j = tl.arange(0, BT), tl.arange(0, 8)
+    row, live = row0.to(tl.int64) + t, t < rows
     complete, most = (position0 + t + 1) // S, (position0 + rows) // S
-    head = kv_head * G + g
-    live = (g < G)[:, None] & (t < rows)[None, :]
-    j = tl.arange(0, 8)
-    parts = part_ptr + head.to(tl.int64)[:, None] * slab_rows + (row - slab_row0)[None, :]
+    tiles = _summed_before(position0, S, LT, BN) // BN
     step = (tl.zeros([], tl.int64) + slab_rows) * K * G
-    tiles = tl.cdiv(most, BN)
-    l_gt = tl.zeros([GP, 16], tl.float32)
+    parts = part_ptr + head.to(tl.int64) * slab_rows + row - slab_row0
+    l = tl.load(edge_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
     for j0 in range(0, tiles, 8):
-        l_gt += tl.sum(
-            tl.load(
-                parts[None, :, :] + (j0 + j).to(tl.int64)[:, None, None] * step,
-                mask=(j0 + j < tiles)[:, None, None] & live[None, :, :],
-                other=0.0,
-            ),
-            0,
+        mask = (j0 + j < tiles)[:, None] & live[None, :]
+        l += tl.sum(tl.load(parts[None, :] + (j0 + j).to(tl.int64)[:, None] * step, mask=mask, other=0.0), 0)
+    guess = tl.load(guess_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
+    seen = live & (complete > 0)
+    credible = ((l < CREDIBLE) & (l > 1 / CREDIBLE)) | (seen == 0)
+    off = tl.where(credible, tl.log2(tl.where(seen & credible, l, 1.0)), float("inf"))
+    out = (row - slab_row0) * K * G + head
+    tl.store(off_ptr + out, off, mask=live)
+    tl.store(lse_ptr + out, tl.where(seen, guess + off, float("inf")), mask=live & credible)
+    if tl.min(credible.to(tl.int32)) == 0:
+        d, kv_head = tl.arange(0, DP), head // G
+        q_td = tl.load(
+            q_ptr + row[:, None] * q_row + head * q_head + d[None, :],
+            mask=live[:, None] & (d < D)[None, :],
+            other=0.0,
         )
-    guess_gt = tl.load(guess_ptr + head.to(tl.int64)[:, None] * N + row[None, :], mask=live, other=0.0)
-    seen = live & (complete > 0)[None, :]
-    credible = ((l_gt < CREDIBLE) & (l_gt > 1 / CREDIBLE)) | (seen == 0)
-    off_gt = tl.log2(tl.where(seen & credible, l_gt, 1.0))
-    most_off = tl.max(tl.where(live, off_gt, NOTHING), 0)
-    least_off = -tl.max(tl.where(live, -off_gt, NOTHING), 0)
-    size = tl.max(tl.where(seen, tl.abs(guess_gt), 0.0), 0)
-    share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
-    certain = tl.min(credible.to(tl.int32), 0) > 0
-    slab_row = row - slab_row0
-    tl.store(share_ptr + slab_row * K + kv_head, tl.where(certain, share, 0.0), mask=t < rows)
-    out = lse_ptr + (slab_row * K * G)[None, :] + head[:, None]
-    tl.store(out, tl.where(seen, guess_gt + off_gt, float("inf")), mask=live)
-    if tl.min(certain.to(tl.int32)) == 0:
-        d = tl.arange(0, DP)
         keys = pooled_ptr + (first_block.to(tl.int64) * K + kv_head) * D
-        tl.debug_barrier()  # these stores come after the ones above
-        for i in range(G):
-            q_td = tl.load(
-                q_ptr + row[:, None] * q_row + (kv_head * G + i) * q_head + d[None, :],
-                mask=(t < rows)[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            l = _lse_with_maximum(q_td, keys, complete, most, K * D, c, D, DP, 16)
-            here = lse_ptr + slab_row * K * G + kv_head * G + i
-            tl.store(here, l, mask=(t < rows) & (complete > 0) & (certain == 0))
+        again = _lse_with_maximum(q_td, keys, complete, most, K * D, c, D, DP, BT)
+        tl.store(lse_ptr + out, again, mask=live & (credible == 0))

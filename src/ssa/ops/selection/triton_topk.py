@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(2.0**-100)  # a score below it may have lost digits
+ROUNDING = tl.constexpr(2.0**-12)  # of a score, in base-2 logarithms, and of its logits relative to their size:
+ROUNDING_OF_LOGITS = tl.constexpr(2.0**-16)
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def refine_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
     lse_ptr,  # [tokens of the slab, H]: true L
-    share_ptr,  # [tokens of the slab, K]: see `normalise_kernel`
+    off_ptr,  # [tokens of the slab, H]: L less the guess
     score_ptr,  # [tokens of the slab, K, NC]: scores under a guess of L; overwritten
     chunk_max_ptr,  # [tokens of the slab, K, NC / CS]; overwritten
     indices_ptr,  # [N, K, k] int32
@@ -248,17 +250,23 @@ def refine_kernel(
     if (hi - lo <= need) | (need == 0):
         _emit(out, forced_first, guessed, taken, own, local_blocks, k, KP2)
     else:
-        score, share = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF)), tl.load(share_ptr + slab_row)
-        threshold = _key(tl.where((share > 0) & (score > TINY), score * share, 0.0))
-        found = _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH, CS, KP)
         g, d, slot = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, KP)
         head = kv_head * G + g
+        of_head = tl.program_id(0).to(tl.int64) * K * G + head
+        lse_g = tl.load(lse_ptr + of_head, mask=g < G, other=float("inf"))
+        off_g = tl.load(off_ptr + of_head, mask=g < G, other=0.0)
+        most_off = tl.max(tl.where(g < G, off_g, float("-inf")))
+        least_off = tl.min(tl.where(g < G, off_g, float("inf")))
+        size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
+        share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
+        score = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF))
+        threshold = _key(tl.where((most_off < float("inf")) & (score > TINY), score * share, 0.0))
+        found = _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH, CS, KP)
         q_gd = tl.load(
             q_ptr + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :],
             mask=(g < G)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        lse_g = tl.load(lse_ptr + tl.program_id(0).to(tl.int64) * K * G + head, mask=g < G, other=float("inf"))
         keys = pooled_ptr + (tl.load(first_block_ptr + row).to(tl.int64) * K + kv_head) * D
         listed = score_row.to(tl.pointer_type(tl.int32))
         kept = _best_of_list(listed, found, out, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
