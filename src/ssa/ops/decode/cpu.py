@@ -43,11 +43,21 @@ def decode_attention(
         block = choose(query, pooled[row, : (last + 1) // S], last // S, spec, scale)
         seen = block.shape[1] * S - (S - 1 - last % S)  # the own block, which may not be full, is the last
         rows = (start + block[:, :, None] * S + token).flatten(1)[:, :seen]
-        key, value = k[row][rows, head].to(wide), v[row][rows, head].to(wide)
-        logits = query.to(wide) @ key.mT * scale
-        lse[row, 0] = logits.logsumexp(-1).flatten()
-        out[row, 0] = (logits.softmax(-1) @ value).flatten(0, 1).to(q.dtype)
+        key, value = (_taken(x[row], rows, head).to(wide) for x in (k, v))
+        logits = query.to(wide) @ key.mT * scale  # [K, G, seen]
+        most = logits.amax(-1, keepdim=True)
+        weight = (logits - most).exp_()
+        total = weight.sum(-1, keepdim=True)
+        lse[row, 0] = (most + total.log()).flatten()
+        out[row, 0] = (weight @ value / total).flatten(0, 1).to(q.dtype)
     return out, lse
+
+
+def _taken(x: Tensor, rows: Tensor, head: Tensor) -> Tensor:
+    """Rows ``[K, n]`` of each head ``[K, 1]`` of ``x [rows, K, D]``: ``[K, n, D]``."""
+    if not x.is_contiguous():
+        return x[rows, head]
+    return x.view(-1, x.shape[2]).index_select(0, (rows * x.shape[1] + head).flatten()).view(*rows.shape, -1)
 
 
 def choose(query: Tensor, pooled: Tensor, own: int, spec: SparseSpec, scale: float) -> Tensor:
@@ -65,7 +75,7 @@ def choose(query: Tensor, pooled: Tensor, own: int, spec: SparseSpec, scale: flo
     if not need:
         return torch.cat(forced, 1)
     logits = query.float() @ pooled.float().permute(1, 2, 0) * scale  # [K, G, P]
-    score = torch.nan_to_num(logits.softmax(-1)).sum(1)[:, low:high]
+    score = torch.nan_to_num(logits.softmax(-1).sum(1)[:, low:high])
     least = score.topk(need, 1).values[:, -1:]
     taken = score >= least
     if int(taken.sum()) > K * need:  # ties go to the lower block
