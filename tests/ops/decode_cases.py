@@ -107,8 +107,8 @@ def small_tiles() -> None:
     import ssa.ops.decode.triton as launches
 
     launches.TILE_BYTES, launches.SCORES, x = 1, 32, CASES["one token, ragged"]
-    for processors, together in ((4, 8), (132, 8), (4, 0)):  # the last: listing and merging as two launches
-        launches._processors, launches.TOGETHER = lambda index, n=processors: n, together
+    for processors, tiles in ((4, 8), (132, 8), (4, 0)):  # the last: by sum_kernel and select_kernel
+        launches._processors, launches.TILES = lambda index, n=processors: n, tiles
         launches._selection.cache_clear()
         launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
         assert launch.splits > 1

@@ -32,9 +32,11 @@ SCORES = 128  # scores of a tile there
 LISTS = 512  # of a row at most, there
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
-CHOOSE_BYTES = 32768  # of a tile of keys there, kept in registers
-TOGETHER = 8  # tiles per processor up to which listing and merging are one launch
+CHOOSE_WARPS, CHOOSE_REGISTERS = 8, 128  # two programs a processor
+CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
+TILES = 8  # there per processor at most: more are summed by a kernel that needs fewer registers
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
+DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
 
 class _Selection(NamedTuple):
@@ -53,7 +55,6 @@ class _Selection(NamedTuple):
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
     few: bool  # by choose_kernel
-    together: bool  # lists and merges in one launch
     lists: int  # NL
 
 
@@ -99,9 +100,9 @@ def _selection(
     rows, processors, tiles = slab * K, _processors(index), width // BN
     splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
     scored = width // SCORES  # tiles
-    few, together = not official and free < FEW and scored <= LISTS, scored * rows <= TOGETHER * processors
+    few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
     if few:
-        parts = max(1, min(scored, (2 if together else 6) * processors // rows))
+        parts = max(1, min(scored, 2 * processors // rows))
         BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
     else:
         BK, parts = _tile(DP, itemsize, 16), max(1, min(tiles, 8 * processors // rows))
@@ -111,7 +112,7 @@ def _selection(
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
     lists = max(KP, 16, next_power_of_two(scored))
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, together, lists)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists)
 
 
 @lru_cache(maxsize=256)
@@ -163,7 +164,8 @@ def _select(
     maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given, first = starts is not None, lengths if starts is None else starts
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
-    SP, KP2, pdl = next_power_of_two(x.splits), next_power_of_two(k_blocks), dependent_launch(device.index)
+    SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
+    pdl = dependent_launch(device.index) if x.few or DEPENDENT_ALWAYS else {}
     forced = spec.first_blocks, spec.local_blocks
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
@@ -173,14 +175,12 @@ def _select(
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
-            for listing, merging in ((True, True),) if x.together else ((True, False), (False, True)):
-                parts = x.parts if listing else 1
-                choose_kernel[(rows * K * parts,)](
-                    q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, parts,
-                    x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
-                    min(x.BK, KP2 * S), SP, x.lists, min(x.lists, 64), x.KP, KP2, listing, merging, attend, given,
-                    bool(pdl), num_warps=4, num_stages=2, **pdl,
-                )  # fmt: skip
+            choose_kernel[(rows * K * x.parts,)](
+                q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
+                x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
+                min(x.BK, KP2 * S), SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
+                num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS, **pdl,
+            )  # fmt: skip
             continue
         sum_kernel[(rows * K * x.parts,)](
             lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,

@@ -3,8 +3,8 @@
 Serves small budgets (:data:`ssa.ops.decode.triton.FEW`). The programs of a row share its blocks and leave, for every
 tile, the KP best in order. Whoever of them arrives last merges these lists and attends: at batch 1 the launches and
 the dependent reads take the time, and both are few here. Lists are written and merged in a fixed order, so reruns are
-bitwise equal whoever is last. Where programs have many tiles, listing and merging are launches of their own, since a
-program that attends holds registers that leave no room for others.
+bitwise equal whoever is last. A program that attends holds registers that leave room for few others, so this is for rows
+of few tiles a processor.
 
 The key of a block is its score's bits above its inverted number (below 0 where it is no candidate): no two are equal,
 ties go to the lower block, and all comparisons are of integers. Ranks are counts of larger keys: one comparison of all
@@ -25,33 +25,24 @@ ABSENT = tl.constexpr(-(1 << 62))  # below every key of a block
 
 
 @triton.jit
-def _list_best(
-    logits,
-    lists,
-    lse_g,
-    first,  # tiles
-    last,
-    complete,
-    lo,  # candidates
-    hi,
-    G,
-    NC,
-    GP: tl.constexpr,
-    BN: tl.constexpr,
-    KP: tl.constexpr,
-):
-    """Scores of a row's tiles, summed over the heads; of every tile the KP largest keys, in order."""
+def _logits(logits, tile, last, complete, G, NC, GP: tl.constexpr, BN: tl.constexpr):
+    """Logits ``[GP, BN]`` of a tile before ``last``."""
+    g, n = tl.arange(0, GP), tile * BN + tl.arange(0, BN)
+    there = (g < G)[:, None] & (n < tl.minimum(complete, last * BN))[None, :]
+    return tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
+
+
+@triton.jit
+def _list_best(s_gn, lists, tile, lse_g, lo, hi, G, GP: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr):
+    """Scores of a tile, summed over the heads; its KP largest keys, in order. Candidates are in ``[lo, hi)``."""
     g, i = tl.arange(0, GP), tl.arange(0, BN)
-    for tile in range(first, last):
-        n = tile * BN + i
-        there = (g < G)[:, None] & (n < complete)[None, :]
-        s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
-        term_gn = tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0)
-        candidate_n = (n >= lo) & (n < hi)
-        bits_n = tl.sum(tl.where(candidate_n[None, :], term_gn, -1.0), 0).to(tl.int32, bitcast=True).to(tl.int64) << 32
-        near_n = bits_n | (i ^ (BN - 1)).to(tl.int64)  # of the tile's blocks: what the compiler keeps of it is 32 bits
-        rank_n = tl.sum((near_n[:, None] > near_n[None, :]).to(tl.int32), 0)
-        tl.store(lists + tile * KP + rank_n, bits_n | (n ^ LOW).to(tl.int64), mask=rank_n < KP)
+    n = tile * BN + i
+    term_gn = tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0)
+    candidate_n = (n >= lo) & (n < hi)
+    bits_n = tl.sum(tl.where(candidate_n[None, :], term_gn, -1.0), 0).to(tl.int32, bitcast=True).to(tl.int64) << 32
+    near_n = bits_n | (i ^ (BN - 1)).to(tl.int64)  # of the tile's blocks: what the compiler keeps of it is 32 bits
+    rank_n = tl.sum((near_n[:, None] > near_n[None, :]).to(tl.int32), 0)
+    tl.store(lists + tile * KP + rank_n, bits_n | (n ^ LOW).to(tl.int64), mask=rank_n < KP)
 
 
 @triton.jit
@@ -71,13 +62,14 @@ def _merge(lists, total, need, NL: tl.constexpr, UB: tl.constexpr, KP: tl.conste
     a, b = tl.arange(0, KP // 2), tl.arange(0, KP)
     upper_a = tl.sum(tl.where(rank_t[:, None] == a[None, :], t[:, None], 0), 0)
     lower_a = tl.sum(tl.where(rank_t[:, None] == need - a[None, :], t[:, None], 0), 0)
-    a2, b2 = a[:, None], b[None, :]
-    is_upper = b2 < need - a2
-    i_ab = tl.where(is_upper, b2, b2 - need + a2)
-    real = tl.where(is_upper, (2 * a2 <= need) & (a2 < total), (2 * a2 < need) & (i_ab < a2) & (need - a2 < total))
-    list_ab = tl.where(is_upper, upper_a[:, None], lower_a[:, None])
-    key_ab = tl.load(lists + list_ab * KP + i_ab, mask=real, other=0)
-    key_ab = tl.where(real, key_ab, (-(a2 * KP + b2)).to(tl.int64) + ABSENT)
+    a3, b3, is_upper = a[None, :, None], b[None, None, :], (tl.arange(0, 2) == 0)[:, None, None]
+    i_xab = tl.where(is_upper, b3, b3 - need + a3)
+    upper = (b3 < need - a3) & (2 * a3 <= need) & (a3 < total)
+    lower = (i_xab >= 0) & (i_xab < a3) & (2 * a3 < need) & (need - a3 < total)
+    real_xab = tl.where(is_upper, upper, lower)
+    list_xab = tl.where(is_upper, upper_a[None, :, None], lower_a[None, :, None])
+    key_xab = tl.load(lists + list_xab * KP + i_xab, mask=real_xab, other=0)  # one of both at most
+    key_ab = tl.max(tl.where(real_xab, key_xab, (-(a3 * KP + b3)).to(tl.int64) + ABSENT), 0)
     key_e = tl.reshape(key_ab, [KP * KP // 2])
     rank_e = tl.where(key_e >= 0, tl.sum((key_e[:, None] > key_e[None, :]).to(tl.int32), 0), KP)
     block_e = ((key_e & LOW) ^ LOW).to(tl.int32)
@@ -188,8 +180,6 @@ def choose_kernel(
     UB: tl.constexpr,
     KP: tl.constexpr,
     KB: tl.constexpr,
-    LIST: tl.constexpr,
-    MERGE: tl.constexpr,
     ATTEND: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -206,28 +196,29 @@ def choose_kernel(
     tiles = tl.cdiv(complete, BN)
     wide = pair.to(tl.int64)
     lists = long_ptr + rows.to(tl.int64) * K + wide * (NC // BN) * KP
-    if LIST:
-        first, last, working = _share(tiles, part, parts)
-        if (first >= last) & (part > 0):
-            return
-        g, i = tl.arange(0, GP), tl.arange(0, SP)
-        _, _, used = _share(tl.cdiv(complete, BT), 0, splits)
-        partial = float_ptr + rows.to(tl.int64) * K * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
-        m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
-        l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
-        m_g = tl.max(m_ig, 0)
-        lse_g = m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))  # of no block: not used
-        logits = float_ptr + wide * G * NC
-        hi = own + 1 - local_blocks
-        _list_best(logits, lists, lse_g, first, last, complete, first_blocks, hi, G, NC, GP, BN, KP)
-        if MERGE:
-            tl.debug_barrier()  # the program's lists are written, then it arrives
-            if tl.atomic_add(long_ptr + pair, 1, sem="acq_rel") < tl.maximum(working, 1) - 1:
-                return
-            tl.debug_barrier()
-    if MERGE:
-        _finish(
-            q_ptr, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, lists, row, head, sequence, start, position, tiles,
-            N, K, G, k, first_blocks, local_blocks, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
-            v_head, c, D, DP, S, M, BK, NL, UB, KP, KB, ATTEND,
-        )  # fmt: skip
+    first, last, working = _share(tiles, part, parts)
+    if (first >= last) & (part > 0):
+        return
+    g, i = tl.arange(0, GP), tl.arange(0, SP)
+    _, _, used = _share(tl.cdiv(complete, BT), 0, splits)
+    logits = float_ptr + wide * G * NC
+    s_gn = _logits(logits, first, last, complete, G, NC, GP, BN)  # early: these reads do not wait for the next ones
+    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+    m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
+    l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
+    m_g = tl.max(m_ig, 0)
+    lse_g = m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))  # of no block: not used
+    hi = own + 1 - local_blocks
+    for tile in range(first, last):
+        next_gn = _logits(logits, tile + 1, last, complete, G, NC, GP, BN)
+        _list_best(s_gn, lists, tile, lse_g, first_blocks, hi, G, GP, BN, KP)
+        s_gn = next_gn
+    tl.debug_barrier()  # the program's lists are written, then it arrives
+    if tl.atomic_add(long_ptr + pair, 1, sem="acq_rel") < tl.maximum(working, 1) - 1:
+        return
+    tl.debug_barrier()
+    _finish(
+        q_ptr, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, lists, row, head, sequence, start, position, tiles,
+        N, K, G, k, first_blocks, local_blocks, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row,
+        v_head, c, D, DP, S, M, BK, NL, UB, KP, KB, ATTEND,
+    )  # fmt: skip

@@ -101,25 +101,6 @@ def pool_new_kernel(
     tl.store(out, mean_d.to(pooled_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def _mean_tile(means, n, end, d, p_row, D: tl.constexpr):
-    """Mean keys ``[n, DP]`` of the blocks before ``end``."""
-    inside = (n < end)[:, None] & (d < D)[None, :]
-    return tl.load(
-        means + n.to(tl.int64)[:, None] * p_row + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-    )
-
-
-@triton.jit
-def _score_tile(q_gd, k_nd, logits, g, n, complete, m, l, c, G, NC):
-    """Write a tile's logits; maximum and sum with it."""
-    s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
-    s_gn = tl.where((n < complete)[None, :], s_gn, NOTHING)
-    tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
-    top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a completed block
-    return top, l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
-
-
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC"])
 def score_kernel(
     q_ptr,  # [B, N, H, D]
@@ -180,20 +161,33 @@ def score_kernel(
     logits = float_ptr + pair.to(tl.int64) * G * NC
     m = tl.full([M], NOTHING, tl.float32)
     l = tl.zeros([M], tl.float32)
-    if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
-        if (last == tiles) & ((position + 1) % S == 0):  # its block is in the last tile
-            last -= 1
-            fresh = complete - 1
-            n = last * BN + tl.arange(0, BN)
-            k_nd = _mean_tile(means, n, fresh, d, p_row, D)
-            keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
-            mean_d = _block_mean(keys, start + fresh * S, k_row, d, D, DP, S).to(pooled_ptr.dtype.element_ty)
-            tl.store(means + fresh.to(tl.int64) * p_row + d, mean_d, mask=d < D)
-            k_nd = tl.where((n == fresh)[:, None], mean_d[None, :], k_nd)
-            m, l = _score_tile(q_gd, k_nd, logits, g, n, complete, m, l, c, G, NC)
-    for tile in range(first, last):
+    known = complete
+    if UPDATE:
+        known -= ((position + 1) % S == 0).to(tl.int32)
+    for tile in range(first, tl.minimum(last, tl.cdiv(known, BN))):
         n = tile * BN + tl.arange(0, BN)
-        m, l = _score_tile(q_gd, _mean_tile(means, n, complete, d, p_row, D), logits, g, n, complete, m, l, c, G, NC)
+        k_nd = tl.load(
+            means + n.to(tl.int64)[:, None] * p_row + d[None, :],
+            mask=(n < known)[:, None] & (d < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
+        s_gn = tl.where((n < known)[None, :], s_gn, NOTHING)
+        tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
+        top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a block
+        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
+        m = top
+    if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
+        if (known < complete) & (last == tiles):
+            keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
+            mean_d = _block_mean(keys, start + known * S, k_row, d, D, DP, S).to(pooled_ptr.dtype.element_ty)
+            tl.store(means + known.to(tl.int64) * p_row + d, mean_d, mask=d < D)
+            s_g = tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
+            tl.store(logits + g * NC + known, s_g, mask=g < G)
+            top = tl.maximum(m, s_g)
+            l = l * tl.exp2(m - top) + tl.exp2(s_g - top)
+            m = top
     partial = float_ptr + rows.to(tl.int64) * K * G * NC + (pair.to(tl.int64) * splits + split) * 2 * GP + g
     tl.store(partial, m, mask=g < GP)
     tl.store(partial + GP, l, mask=g < GP)
