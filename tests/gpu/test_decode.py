@@ -198,7 +198,7 @@ def test_runs_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-@pytest.mark.parametrize("batch", [1, 5, 48])  # one tile a program, several, and listing apart from merging
+@pytest.mark.parametrize("batch", [1, 5, 48])  # one tile a program, several, and sums by a kernel of their own
 def test_long_caches_choose_the_references_blocks_every_time(shape: Shape, batch: int) -> None:
     """Whoever arrives last merges what all have listed: reruns are equal bit for bit, and the blocks are right."""
     length = 131072 // (1 if batch < 48 else 8)

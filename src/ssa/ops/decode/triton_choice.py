@@ -3,8 +3,8 @@
 Serves small budgets (:data:`ssa.ops.decode.triton.FEW`). The programs of a row share its blocks and leave, for every
 tile, the KP best in order. Whoever of them arrives last merges these lists and attends: at batch 1 the launches and
 the dependent reads take the time, and both are few here. Lists are written and merged in a fixed order, so reruns are
-bitwise equal whoever is last. A program that attends holds registers that leave room for few others, so this is for rows
-of few tiles a processor.
+bitwise equal whoever is last. A program that attends holds registers that leave room for few others, so this is for
+rows of few tiles a processor.
 
 The key of a block is its score's bits above its inverted number (below 0 where it is no candidate): no two are equal,
 ties go to the lower block, and all comparisons are of integers. Ranks are counts of larger keys: one comparison of all
