@@ -38,20 +38,28 @@ def _largest(key, need, highest, least):
     """Mask of the ``need`` largest positive keys, ties to the lower position.
 
     ``highest`` is the largest key; ``need`` keys, or all positive ones, reach ``least``. Searches the largest threshold
-    that ``need`` keys reach, bit by bit from the highest in which the two differ, until exactly ``need`` keys reach it
-    or all bits are known.
+    that ``need`` keys reach, two bits at a time from the highest in which the two differ, until exactly ``need`` keys
+    reach it or all bits are known. Three counts of up to 1023 keys share an integer, and so one reduction.
     """
     differ = highest ^ least
     shift = tl.where(differ > 0, (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)  # may be 1 too many
     threshold = tl.where(shift < 31, (highest >> shift) << shift, 0)
     count = _count(key, tl.maximum(threshold, 1))
     while (shift > 0) & (count != need):
-        shift -= 1
-        higher = threshold + (1 << shift)
-        n = _count(key, higher)
-        enough = n >= need
-        threshold = tl.where(enough, higher, threshold)
-        count = tl.where(enough, n, count)
+        if key.shape[0] <= 1023:
+            shift = tl.maximum(shift - 2, 0)
+            first, second, third = threshold + (1 << shift), threshold + (2 << shift), threshold + (3 << shift)
+            one, two, three = (key >= first).to(tl.int32), (key >= second).to(tl.int32), (key >= third).to(tl.int32)
+            counts = tl.sum(one + (two << 10) + (three << 20))
+            n1, n2, n3 = counts & 1023, (counts >> 10) & 1023, counts >> 20
+            count = tl.where(n3 >= need, n3, tl.where(n2 >= need, n2, tl.where(n1 >= need, n1, count)))
+            reached = tl.where(n3 >= need, third, tl.where(n2 >= need, second, tl.where(n1 >= need, first, threshold)))
+            threshold = reached
+        else:
+            shift -= 1
+            higher = threshold + (1 << shift)
+            n = _count(key, higher)
+            count, threshold = tl.where(n >= need, n, count), tl.where(n >= need, higher, threshold)
     above = key > threshold
     equal = (key == threshold) & (key > 0)
     rank = tl.cumsum(equal.to(tl.int32)) - 1
@@ -197,7 +205,7 @@ def _best_of_list(
         s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
         key = tl.where(e < size, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
         highest = tl.max(key)
-        best = _largest(key, tl.minimum(size, need), highest, tl.minimum(highest, 1))
+        best = _largest(key, tl.minimum(size, need), highest, _least(key, highest))
         tl.debug_barrier()
         tl.store(out + tl.cumsum(best.to(tl.int32)) - 1, block, mask=best)
         tl.debug_barrier()
