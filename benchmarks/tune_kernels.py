@@ -56,32 +56,29 @@ def variants(D: int) -> list[Variant]:
     """All of a head dim; ``shipped`` first."""
     found: list[Variant] = [("shipped", "", {})]
     narrow = D <= 64
-    for BT, BN, *how in (
-        (128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3, 80), (128, 64, 4, 3, 96),
-        (128, 64, 8, 2),
-    ):  # fmt: skip
+    for BT, BN, *how in ((128, 64, 4, 3), (128, 64, 4, 3, 96), (128, 32, 4, 3), (128, 32, 4, 3, 80), (64, 32, 4, 3)):
         found.append(("lse", f"{BT}x{BN} {how}", {"lse": TileConfig(BT, BN, Launch(*how))}))
-    for BT, BN, *how in (
-        (64, 64, 4, 3, 96), (64, 64, 4, 3, 112), (64, 64, 4, 2, 128), (64, 64, 4, 3), (64, 64, 4, 4, 128),
-        (64, 32, 4, 3, 96), (64, 32, 4, 3), (64, 128, 4, 3, 168), (64, 128, 4, 2), (128, 64, 4, 3, 168),
-        (64, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2, 128), (128, 32, 4, 3, 128),
-        (64, 64, 8, 3), (256, 64, 8, 2, 168),
-    ):  # fmt: skip
-        found.append(("score", f"{BT}x{BN} {how}", {"score": TileConfig(BT, BN, Launch(*how))}))
-    for CT, registers in ((32, 64), (32, 80), (32, 96), (32, None), (64, 96), (64, 112), (64, None)):
+    tiles = tuple(
+        TileConfig(BT, BN, Launch(*how)) for BT, BN, *how in (
+            (64, 64, 4, 3, 96), (64, 64, 4, 3, 112), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 3, 168),
+            (64, 128, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3, 168), (128, 128, 8, 3),
+        )
+    )  # fmt: skip
+    for tile in tiles:
+        found.append(("score", f"{tile.tokens}x{tile.blocks} {list(tile.how)}", {"score": tile}))
+    for CT, registers in ((32, 64), (32, 72), (32, 80), (64, 96)):
         found.append(("refine", f"{CT} {registers}", {"refine": (CT, registers)}))
     found.append(("passes", "two", {"one_pass": 1 << 30}))
-    found.append(("passes", "one", {"one_pass": 0}))
-    for blocks in (4, 8):
-        found.append(("passes", f"one, chunks of {blocks}", {"one_pass": 0, "coarse": blocks}))
+    for tile in tiles[:1] + tiles[4:5] + tiles[6:7]:
+        found.append(("passes", f"one {tile.tokens}x{tile.blocks}", {"one_pass": 0, "score": tile}))
     for bits in (26, 28):
         found.append(("slab", f"2^{bits}", {"slab": 1 << bits}))
-    tiles = (
+    unions = (
         (4, 64, 4, 2, 128), (4, 32, 4, 2, 96), (4, 32, 4, 3, 96), (4, 64, 4, 3, 128), (8, 32, 4, 2), (8, 64, 8, 2, 128),
     ) if narrow else (
         (16, 64, 4, 2), (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 3, 168), (32, 64, 8, 3),
     )  # fmt: skip
-    for TT, BN, *how in tiles:
+    for TT, BN, *how in unions:
         tile = Tile(BN, Launch(*how))
         change = {"tokens": TT, "union_forward": tile, "union_dq": tile}
         found.append(("union", f"TT{TT} BN{BN} {how}", change))
@@ -96,7 +93,7 @@ def variants(D: int) -> list[Variant]:
 @contextmanager
 def applied(change: dict[str, Any]) -> Iterator[None]:
     """Run the operations with a change of their configuration."""
-    named = ("lse_config", "score_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS", "COARSE_BLOCKS")
+    named = ("lse_config", "score_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS")
     settings = {name: getattr(selection, name) for name in named}
     old = sparse.strategy, triton_index.GROUP_COST, triton_index.SEGMENT
     fields = {k: v for k, v in change.items() if k in sparse.Strategy._fields}
@@ -105,7 +102,7 @@ def applied(change: dict[str, Any]) -> Iterator[None]:
         plan = old[0](H, K, D, S, slots, small)._replace(**fields)
         return plan if "limit" in fields else plan._replace(limit=max(slots * 3 // 2, plan.tokens * slots // 2))
 
-    for name, key in zip(named, ("lse", "score", "refine", "slab", "one_pass", "coarse"), strict=True):
+    for name, key in zip(named, ("lse", "score", "refine", "slab", "one_pass"), strict=True):
         if key in change:
             setattr(selection, name, (lambda *_, x=change[key]: x) if name.endswith("config") else change[key])
     sparse.strategy = strategy
