@@ -167,6 +167,11 @@ def _shape(N: int, H: int, K: int, D: int, S: int, slots: int, scale: float, tok
     return _Shape(N, H, K, D, DP, S, H // K, GP, slots, list_size(tokens, slots), c, MASKED / c)
 
 
+def _narrow(x: _Shape, strides: tuple[int, ...]) -> bool:
+    """Whether offsets in units of 8 elements fit in 32 bits."""
+    return x.N * max(8 * x.H, *strides[::2]) < 1 << 34
+
+
 def _forward(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, T, K, D]
@@ -182,6 +187,7 @@ def _forward(
     x = _Shape.of(q, k, indices, block_size, scale, plan.tokens)
     (q, q_strides), (k, k_strides), (v, v_strides), indices = rows(q), rows(k), rows(v), aligned(indices)
     strides = (*q_strides, *k_strides, *v_strides)
+    narrow = _narrow(x, strides)
     launch = Launcher(q.device, q.dtype, indices.dtype, x.H, x.K, x.slots, plan.limit, strides)
     layout = layout_of(tuple(lengths), *q.shape[:2])
     starts, tile_start = layout.starts(q.device), layout.block_grid(plan.tokens, q.device).block_start
@@ -200,7 +206,7 @@ def _forward(
         plan.limit,
     )  # fmt: skip
     select = plan.select[0] and tile.columns <= 4 * x.S
-    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select)
+    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_forward
     arguments = (
@@ -239,6 +245,7 @@ def _backward(
     (q, q_strides), (k, k_strides), (v, v_strides), (d_out, d_strides) = rows(q), rows(k), rows(v), rows(d_out)
     indices = aligned(indices)
     strides = (*q_strides, *k_strides, *v_strides, *d_strides)
+    narrow = _narrow(x, strides)
     launch = Launcher(q.device, q.dtype, indices.dtype, x.H, x.K, x.slots, plan.limit, strides)
     delta = torch.empty_like(lse)
     layout = layout_of(tuple(lengths), *q.shape[:2])
@@ -251,7 +258,19 @@ def _backward(
         *tensors, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
-    constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, plus)
+    constants: tuple[Any, ...] = (
+        x.D,
+        x.DP,
+        x.S,
+        x.G,
+        x.GP,
+        plan.tokens,
+        x.list_size,
+        tile.columns,
+        select,
+        narrow,
+        plus,
+    )
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_dq
     arguments = (*tensors, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, plan.limit)
@@ -263,7 +282,6 @@ def _backward(
     index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
     part_rows = index.units * x.S
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=q.device)
-    narrow = x.N * max(q_strides[0], d_strides[0], 8 * x.H) < 1 << 34  # offsets in units of 8 elements fit in 32 bits
     arguments = (
         q, k, v, d_out, lse, delta, index.entry, index.work, index.work_offset, super_start, part, *strides,
         x.H, x.K, supers, part_rows, x.c,

@@ -19,6 +19,7 @@ from ssa.ops.sparse.triton_forward import (
     biased,
     block_bits,
     list_entries,
+    load_keys,
     load_rows,
     past_columns,
     reads_column,
@@ -96,6 +97,7 @@ def union_dq_kernel(
     LIST: tl.constexpr,
     BN: tl.constexpr,
     SELECT: tl.constexpr,
+    NARROW: tl.constexpr,
     PLUS: tl.constexpr,
 ):
     """dq of one tile x one KV head, unless `reads_one_by_one`."""
@@ -143,8 +145,8 @@ def union_dq_kernel(
             following = (n0 + BN) // S  # at most `count`, where the padding begins
             first_key = tl.load(union_row_ptr + following + ((n0 + BN) % S + n) // S)
             bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr + following, S, BN)
-            k_nd = load_rows(k_ptr, key, k_row, D, DP)
-            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            k_nd = load_keys(k_ptr, key, k_row, D, DP, NARROW)
+            v_nd = load_keys(v_ptr, key, v_row, D, DP, NARROW)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
             ds_mn = tl.exp2(s_mn * c - lse_mn) * (dp_mn - delta[:, None])

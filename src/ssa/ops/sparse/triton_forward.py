@@ -121,6 +121,13 @@ def load_rows(base, rows, row_stride, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def load_keys(base, key, row_stride, D: tl.constexpr, DP: tl.constexpr, NARROW: tl.constexpr):
+    """`load_rows` of a stride that is a multiple of 8; NARROW: offsets in units of 8 elements fit in 32 bits."""
+    place = key if NARROW else key.to(tl.int64)
+    return load_rows(base, place * (row_stride // 8), 8, D, DP)
+
+
+@triton.jit
 def list_entries(entries_row, entries_mask, n0, count, S: tl.constexpr, BN: tl.constexpr):
     """First key row and token mask of the block of each column ``[BN]``; readers load them one step ahead."""
     at = tl.minimum((n0 + tl.arange(0, BN)) // S, count)  # the entry behind the last is one that nobody reads
@@ -210,6 +217,7 @@ def union_forward_kernel(
     LIST: tl.constexpr,
     BN: tl.constexpr,
     SELECT: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """One tile of TT tokens x one KV head, unless `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -247,8 +255,8 @@ def union_forward_kernel(
             following = (n0 + BN) // S  # at most `count`, where the padding begins
             first_key = tl.load(entries_row + following + ((n0 + BN) % S + n) // S)
             bits0, bits1, bits2, bits3 = block_bits(entries_mask + following, S, BN)
-            k_nd = load_rows(k_ptr, key, k_row, D, DP)
-            v_nd = load_rows(v_ptr, key, v_row, D, DP)
+            k_nd = load_keys(k_ptr, key, k_row, D, DP, NARROW)
+            v_nd = load_keys(v_ptr, key, v_row, D, DP, NARROW)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             l_m16, acc_md = _accumulate(s_mn, v_nd, m_mn, l_m16, acc_md, c, M, BN)
     first_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
