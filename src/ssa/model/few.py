@@ -10,23 +10,33 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ssa.model.cached import attend
-from ssa.ops.few import Product, Projections, few_linear, few_project, is_few, serves
+from ssa.ops.few import HEAD_DIMS, Product, Projections, few_linear, few_project, is_few, serves
 
 if TYPE_CHECKING:
     from ssa.model.modeling import AttentionCall, SSADecoderLayer
+
+
+ENABLED = True  # for measurements
 
 
 def fused_layer(layer: SSADecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> Tensor | None:
     """The layer's output ``[B, N, C]`` for new tokens ``x [B, N, C]``, or None where the layer has to do it: without a
     past, for many tokens, on a CPU, and where its modules are not the plain ones (adapters, quantisation, hooks)."""
     attention, mlp, cache = layer.self_attn, layer.mlp, call.cache
-    if cache is None or call.layout is not None or not is_few(x) or attention.branches != 1 or attention.config.qk_norm:
+    if (
+        not ENABLED
+        or cache is None
+        or call.layout is not None
+        or not is_few(x)
+        or attention.branches != 1
+        or attention.config.qk_norm
+    ):
         return None
     modules: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     modules += [mlp.gate_proj, mlp.up_proj, mlp.down_proj, *([attention.g_proj] if attention.config.gated else [])]
     norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
     usual = all(_plain(m) and type(m) is nn.Linear and m.bias is None for m in modules) and all(map(_plain, norms))
-    if not usual or attention.config.hidden_act != "silu" or attention.head_dim % 32:
+    if not usual or attention.config.hidden_act != "silu" or attention.head_dim not in HEAD_DIMS:
         return None
     if not serves(x, (m.weight for m in (*modules, *norms))):
         return None

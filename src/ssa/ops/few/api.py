@@ -18,6 +18,7 @@ from ssa.ops.dispatch import Backend, Request, choose, register
 
 MAX_ROWS = 32  # more are bound by arithmetic, where the vendor's products are better
 STEP = 128  # C is a multiple of it
+HEAD_DIMS = (32, 64, 128)
 
 
 class Product(NamedTuple):
@@ -91,6 +92,10 @@ def few_linear(x: Tensor, weight: Tensor, product: Product = Product(), *, backe
             "few_linear",
             f"x {tuple(x.shape)} and a weight {tuple(weight.shape)}",
             f"[B, N, C] and [O, C], C a multiple of {STEP}",
+        )
+    if product.gate is not None and x.shape[2] // product.gate.shape[2] not in HEAD_DIMS:
+        raise InputError(
+            "few_linear.gate", f"{x.shape[2] // product.gate.shape[2]} inputs a head", f"one of {HEAD_DIMS}"
         )
     return choose("few_linear", _request(x), backend)(x, weight, product)
 

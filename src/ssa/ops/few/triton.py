@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssa.ops.decode.triton import dependent_launch
-from ssa.ops.few.api import Product, Projections
+from ssa.ops.few.api import STEP, Product, Projections
 from ssa.ops.few.triton_kernels import linear_kernel, project_kernel
 from ssa.ops.triton_support import ceil_div, next_power_of_two, small_shared_memory
 
@@ -18,7 +18,7 @@ OUTPUTS = 256  # programs that keep a device busy: fewer outputs per program bel
 def _tile(C: int, outputs: int, itemsize: int, index: int | None) -> tuple[int, int]:
     """Inputs of a tile, a power of two that divides C, and stages."""
     tile, stages = (SMALL_TILE, SMALL_STAGES) if small_shared_memory(index) else (TILE, STAGES)
-    return min(C & -C, max(64, tile // (outputs * itemsize))), stages
+    return min(C & -C, max(STEP, tile // (outputs * itemsize))), stages
 
 
 def few_linear(x: Tensor, weight: Tensor, product: Product) -> Tensor:

@@ -52,23 +52,25 @@ def linear_kernel(
     r, n = tl.arange(0, M), tl.program_id(0) * BN + tl.arange(0, BN)
     acc_rn = tl.zeros([M, BN], tl.float32)
     up_rn = tl.zeros([M, BN], tl.float32)
-    squares_r = tl.zeros([M], tl.float32)
+    squares_rc = tl.zeros([M, BK], tl.float32)
     for c0 in tl.range(0, C, BK, num_stages=STAGES):
         c = c0 + tl.arange(0, BK)
         x_rc = tl.load(x_ptr + r[:, None] * x_row + c[None, :], mask=(r < R)[:, None], other=0.0)
         w_nc = _weights(w_ptr, n, c, n < N, C)
         if NORM:
             wide = x_rc.to(tl.float32)
-            squares_r += tl.sum(wide * wide, 1)
+            squares_rc += wide * wide
             x_rc = (wide * tl.load(norm_ptr + c).to(tl.float32)[None, :]).to(x_rc.dtype)
         if HEAD:
-            gate = tl.load(gate_ptr + r[:, None] * gate_row + c[None, :] // HEAD, mask=(r < R)[:, None], other=0.0)
-            x_rc = (x_rc.to(tl.float32) * gate.to(tl.float32)).to(x_rc.dtype)
+            h = c0 // HEAD + tl.arange(0, BK // HEAD)
+            gate_rh = tl.load(gate_ptr + r[:, None] * gate_row + h[None, :], mask=(r < R)[:, None], other=0.0)
+            x_rhd = tl.reshape(x_rc, [M, BK // HEAD, HEAD]).to(tl.float32) * gate_rh[:, :, None].to(tl.float32)
+            x_rc = tl.reshape(x_rhd, [M, BK]).to(x_rc.dtype)
         acc_rn = tl.dot(x_rc, tl.trans(w_nc), acc_rn, input_precision="ieee")
         if UP:
             up_rn = tl.dot(x_rc, tl.trans(_weights(up_ptr, n, c, n < N, C)), up_rn, input_precision="ieee")
     if NORM:
-        scale_r = tl.rsqrt(squares_r / C + eps)
+        scale_r = tl.rsqrt(tl.sum(squares_rc, 1) / C + eps)
         acc_rn *= scale_r[:, None]
         up_rn *= scale_r[:, None]
     if UP:
@@ -135,17 +137,17 @@ def project_kernel(
         high, outputs = low + BN, H
     low_rn = tl.zeros([M, BN], tl.float32)
     high_rn = tl.zeros([M, BN], tl.float32)
-    squares_r = tl.zeros([M], tl.float32)
+    squares_rc = tl.zeros([M, BK], tl.float32)
     for c0 in tl.range(0, C, BK, num_stages=STAGES):
         c = c0 + tl.arange(0, BK)
         x_rc = tl.load(x_ptr + r[:, None] * x_row + c[None, :], mask=(r < R)[:, None], other=0.0)
         low_nc, high_nc = _weights(w_ptr, low, c, low < outputs, C), _weights(w_ptr, high, c, high < outputs, C)
         wide = x_rc.to(tl.float32)
-        squares_r += tl.sum(wide * wide, 1)
+        squares_rc += wide * wide
         x_rc = (wide * tl.load(norm_ptr + c).to(tl.float32)[None, :]).to(x_rc.dtype)
         low_rn = tl.dot(x_rc, tl.trans(low_nc), low_rn, input_precision="ieee")
         high_rn = tl.dot(x_rc, tl.trans(high_nc), high_rn, input_precision="ieee")
-    scale_r = tl.rsqrt(squares_r / C + eps)
+    scale_r = tl.rsqrt(tl.sum(squares_rc, 1) / C + eps)
     low_rn *= scale_r[:, None]
     high_rn *= scale_r[:, None]
     real = (r < R)[:, None]
