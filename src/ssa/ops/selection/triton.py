@@ -27,7 +27,7 @@ from ssa.ops.triton_support import (
 
 SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
-SLAB_INTEGERS = 5  # per slab in `_slabs`
+SLAB_INTEGERS = 5  # of a `_Slab` in `_slabs`
 COARSE_BLOCKS = 8  # blocks behind one key of a guess
 ONE_PASS_TOKENS = 65536  # longest document of a batch from which one pass is taken (docs/kernels.md)
 
@@ -66,6 +66,33 @@ def refine_config(D: int, free: int) -> tuple[int, int | None]:
     return max(32, 2 * next_power_of_two(free)), 64 if D <= 64 and free <= 16 else None
 
 
+class _Rule(NamedTuple):
+    """What to select; plain numbers, as the operation takes them."""
+
+    block_size: int
+    num_blocks: int
+    first_blocks: int
+    local_blocks: int
+    official: bool
+
+    @property
+    def free(self) -> int:
+        """Most blocks that scores decide about at a time."""
+        if self.official:
+            return min(self.block_size // 2, self.num_blocks)
+        return self.num_blocks - self.first_blocks - self.local_blocks
+
+
+class _Slab(NamedTuple):
+    """Tiles of tokens whose scores are held together, their rows, and the blocks that a row may see."""
+
+    tile: int
+    tiles: int
+    row: int
+    rows: int
+    seen: int
+
+
 def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout, scale: float) -> Tensor:
     """See :func:`ssa.ops.select_blocks`."""
     return torch.ops.ssa.select_blocks(
@@ -102,6 +129,128 @@ def _slabs(layout: DocumentLayout, S: int, K: int, config: TileConfig) -> tuple[
     return tuple(plan)
 
 
+class _Call:
+    """One call of the operation: what its launches share, and the launches in order."""
+
+    def __init__(self, q: Tensor, k: Tensor, lengths: Sequence[int], rule: _Rule, scale: float) -> None:
+        B, T, self.H, self.D = q.shape
+        self.K, self.N, self.S, device = k.shape[2], B * T, rule.block_size, q.device
+        self.rule, self.layout = rule, layout_of(tuple(lengths), B, T)
+        self.grid, self.starts = self.layout.block_grid(self.S, device), self.layout.starts(device)
+        (self.q, self.q_stride), (self.k, self.k_stride) = rows(q), rows(k)
+        self.DP, self.c, self.G = max(16, next_power_of_two(self.D)), scale * LOG2E, self.H // self.K
+        self.guess = not rule.official and self.layout.max_length >= ONE_PASS_TOKENS
+        where = capability(device.index)
+        self.first, self.tile = lse_config(self.D, where, self.guess), score_config(self.D, where, self.guess)
+        assert self.first.tokens % self.tile.tokens == 0  # both agree on what `score_kernel` sums
+        self.sizes = (self.D, self.DP, self.S)
+        self.launch = Launcher(device, q.dtype, self.H, self.K, self.D, self.q_stride, self.k_stride)
+        self.out = torch.empty(B, T, self.K, rule.num_blocks, dtype=torch.int32, device=device)
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    def select(self) -> Tensor:
+        """All launches; int32 ``[B, T, K, num_blocks]``."""
+        self.pool()
+        self.log_sums()
+        slabs = _slabs(self.layout, self.S, self.K, self.tile)
+        self.width, self.chunk = slabs[0], chunk_blocks(slabs[0], self.S, self.rule.official)
+        plans = [_Slab(*slabs[i : i + SLAB_INTEGERS]) for i in range(1, len(slabs), SLAB_INTEGERS)]
+        self.rows_held = max(slab.rows for slab in plans)
+        self.tile_start = self.layout.block_grid(self.tile.tokens, self.q.device).block_start
+        self.score = self.floats(self.rows_held, self.K, self.width)
+        self.chunk_max = torch.empty(
+            self.rows_held, self.K, self.width // self.chunk, dtype=torch.int32, device=self.q.device
+        )
+        self.part = self.lse  # unused without a guess
+        if self.guess:
+            self.part = self.floats(self.width // self.tile.blocks, self.H, self.rows_held)
+            self.true_lse, self.off = self.floats(2, self.rows_held, self.H)
+        for slab in plans:
+            self.scores(slab)
+            (self.refine if self.guess else self.choose)(slab)
+        return self.out
+
+    def pool(self) -> None:
+        """Mean keys of blocks and of chunks of blocks."""
+        grid = self.layout.block_grid(self.S * COARSE_BLOCKS, self.q.device)
+        self.pooled, self.coarse = (
+            torch.empty(n, self.K, self.D, dtype=self.k.dtype, device=self.k.device)
+            for n in (self.grid.num_blocks, grid.num_blocks)
+        )
+        arguments = (
+            self.k, self.pooled, self.coarse, grid.block_start, self.starts, self.grid.first_block, *self.k_stride,
+            self.K, grid.num_blocks,
+        )  # fmt: skip
+        self.launch(pool_kernel, (grid.num_blocks, self.K, 1), arguments, (*self.sizes, COARSE_BLOCKS), Launch(4))
+
+    def log_sums(self) -> None:
+        """L of every query and head, or a guess of it."""
+        device, first = self.q.device, self.first
+        tile_start = self.layout.block_grid(first.tokens, device).block_start
+        first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, device).first_block
+        tiles = tile_start.numel() - 1
+        self.lse = self.floats(self.H, self.N)
+        self.edge = self.floats(self.H, self.N) if self.guess else self.lse  # else unused
+        arguments = (
+            self.q, self.pooled, self.coarse, self.lse, self.edge, tile_start, self.starts, self.grid.first_block,
+            first_chunk, tiles, *self.q_stride, self.N, self.K, self.c, self.G,
+        )  # fmt: skip
+        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, self.guess, self.tile.blocks)
+        self.launch(lse_kernel, (tiles, self.H, 1), arguments, constants, first.how)
+
+    def scores(self, slab: _Slab) -> None:
+        """Scores, their maxima by chunk and, with a guess, their sums by tile."""
+        tile, rule = self.tile, self.rule
+        arguments = (
+            self.q, self.pooled, self.lse, self.score, self.chunk_max, self.part, self.tile_start, self.starts,
+            self.grid.first_block, slab.tile, slab.tiles, slab.row, self.rows_held, *self.q_stride, self.N, self.K,
+            self.width, self.c, rule.first_blocks, rule.local_blocks, self.G,
+        )  # fmt: skip
+        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, self.first.tokens, self.guess)
+        self.launch(
+            score_kernel, (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K), arguments, constants, tile.how
+        )
+
+    def top(self, slab: _Slab) -> tuple[tuple[int, ...], int]:
+        """Constants of a top-k over the slab's rows, and warps of a row."""
+        rule = self.rule
+        kept = next_power_of_two(rule.free)
+        kept = max(kept, self.S // self.chunk) if rule.official else kept
+        chunks = max(4, next_power_of_two(ceil_div(slab.seen, self.chunk)))
+        warps = min(8, max(1, max(chunks, kept * self.chunk) // 1024))
+        return (chunks, self.chunk, kept, next_power_of_two(rule.num_blocks)), warps
+
+    def choose(self, slab: _Slab) -> None:
+        """Top-k of scores."""
+        rule, (constants, warps) = self.rule, self.top(slab)
+        forced = () if rule.official else (rule.first_blocks, rule.local_blocks)
+        arguments = (
+            self.score, self.chunk_max, self.out, self.starts, slab.row, self.K, self.width, rule.num_blocks, *forced,
+        )  # fmt: skip
+        kernel = select_official_kernel if rule.official else select_kernel
+        self.launch(kernel, (slab.rows, self.K, 1), arguments, (self.S, *constants), Launch(warps))
+
+    def refine(self, slab: _Slab) -> None:
+        """Top-k of scores under a guess: true L, then what may be among the best again."""
+        tile, rule, (constants, warps) = self.tile, self.rule, self.top(slab)
+        arguments: tuple[Any, ...] = (
+            self.q, self.pooled, self.lse, self.edge, self.part, self.true_lse, self.off, self.tile_start, self.starts,
+            self.grid.first_block, slab.tile, slab.row, self.rows_held, *self.q_stride, self.N, self.K, self.c, self.G,
+        )  # fmt: skip
+        tiles = (*self.sizes, tile.tokens, tile.blocks, self.first.tokens)
+        self.launch(normalise_kernel, (slab.tiles, self.H, 1), arguments, tiles, Launch(4))
+        arguments = (
+            self.q, self.pooled, self.true_lse, self.off, self.score, self.chunk_max, self.out, self.starts,
+            self.grid.first_block, slab.row, *self.q_stride, self.K, self.width, rule.num_blocks, self.c,
+            rule.first_blocks, rule.local_blocks, self.G,
+        )  # fmt: skip
+        at_a_time, registers = refine_config(self.D, rule.free)
+        constants = (*self.sizes, *constants, max(16, next_power_of_two(self.G)), at_a_time)
+        self.launch(refine_kernel, (slab.rows, self.K, 1), arguments, constants, Launch(warps, 2, registers))
+
+
 def _select(
     q: Tensor,  # [B, T, H, D]
     k: Tensor,  # [B, T, K, D]
@@ -113,88 +262,9 @@ def _select(
     official: bool,
     scale: float,
 ) -> Tensor:
-    B, T, H, D = q.shape
-    K, N, S, device = k.shape[2], B * T, block_size, q.device
-    layout = layout_of(tuple(lengths), B, T)
-    guess = not official and layout.max_length >= ONE_PASS_TOKENS
-    grid, coarse_grid, starts = (
-        layout.block_grid(S, device),
-        layout.block_grid(S * COARSE_BLOCKS, device),
-        layout.starts(device),
-    )
-    (q, q_stride), (k, k_stride) = rows(q), rows(k)
-    where = capability(device.index)
-    DP, c, G = max(16, next_power_of_two(D)), scale * LOG2E, H // K
-    launch = Launcher(device, q.dtype, H, K, D, q_stride, k_stride)
-    first_block, chunks = grid.first_block, coarse_grid.num_blocks
-    pooled = torch.empty(grid.num_blocks, K, D, dtype=k.dtype, device=device)
-    coarse = torch.empty(chunks, K, D, dtype=k.dtype, device=device)
-    arguments: tuple[Any, ...] = (
-        k, pooled, coarse, coarse_grid.block_start, starts, first_block, *k_stride, K, chunks,
-    )  # fmt: skip
-    launch(pool_kernel, (chunks, K, 1), arguments, (D, DP, S, COARSE_BLOCKS), Launch(4))
-
-    first, config = lse_config(D, where, guess), score_config(D, where, guess)
-    assert first.tokens % config.tokens == 0  # both agree on what `score_kernel` sums
-    tile_start = layout.block_grid(first.tokens, device).block_start
-    tiles = tile_start.numel() - 1
-    lse = torch.empty(H, N, dtype=torch.float32, device=device)
-    edge = torch.empty_like(lse) if guess else lse  # else unused, as below
-    arguments = (
-        q, pooled, coarse, lse, edge, tile_start, starts, first_block, coarse_grid.first_block, tiles, *q_stride, N, K,
-        c, G,
-    )  # fmt: skip
-    constants: tuple[Any, ...] = (D, DP, S, first.tokens, first.blocks, COARSE_BLOCKS, guess, config.blocks)
-    launch(lse_kernel, (tiles, H, 1), arguments, constants, first.how)
-
-    tile_start = layout.block_grid(config.tokens, device).block_start
-    slabs = _slabs(layout, S, K, config)
-    width, chunk = slabs[0], chunk_blocks(slabs[0], S, official)
-    plans = [slabs[i : i + SLAB_INTEGERS] for i in range(1, len(slabs), SLAB_INTEGERS)]
-    rows_at_most = max(plan[3] for plan in plans)
-    score = torch.empty(rows_at_most, K, width, dtype=torch.float32, device=device)
-    chunk_max = torch.empty(rows_at_most, K, width // chunk, dtype=torch.int32, device=device)
-    part = true_lse = off = lse
-    if guess:
-        part = torch.empty(width // config.blocks, H, rows_at_most, dtype=torch.float32, device=device)
-        true_lse, off = torch.empty(2, rows_at_most, H, dtype=torch.float32, device=device)
-    out = torch.empty(B, T, K, num_blocks, dtype=torch.int32, device=device)
-    free = num_blocks - first_blocks - local_blocks if not official else min(S // 2, num_blocks)
-    KP = max(next_power_of_two(free), S // chunk if official else 1)
-    tile_constants = (D, DP, S, config.tokens, config.blocks)
-    KP2, GP = next_power_of_two(num_blocks), max(16, next_power_of_two(G))
-    for tile, tiles, row, count, seen in plans:
-        size = (ceil_div(seen, config.blocks), tiles, K)
-        arguments = (
-            q, pooled, lse, score, chunk_max, part, tile_start, starts, first_block, tile, tiles, row, rows_at_most,
-            *q_stride, N, K, width, c, first_blocks, local_blocks, G,
-        )  # fmt: skip
-        launch(score_kernel, size, arguments, (*tile_constants, chunk, first.tokens, guess), config.how)
-        NCH = max(4, next_power_of_two(ceil_div(seen, chunk)))
-        warps, constants = min(8, max(1, max(NCH, KP * chunk) // 1024)), (NCH, chunk, KP, KP2)
-        if guess:
-            arguments = (
-                q, pooled, lse, edge, part, true_lse, off, tile_start, starts, first_block, tile, row, rows_at_most,
-                *q_stride, N, K, c, G,
-            )  # fmt: skip
-            launch(normalise_kernel, (tiles, H, 1), arguments, (*tile_constants, first.tokens), Launch(4))
-            arguments = (
-                q, pooled, true_lse, off, score, chunk_max, out, starts, first_block, row, *q_stride, K, width,
-                num_blocks, c, first_blocks, local_blocks, G,
-            )  # fmt: skip
-            CT, registers = refine_config(D, free)
-            launch(refine_kernel, (count, K, 1), arguments, (D, DP, S, *constants, GP, CT), Launch(warps, 2, registers))
-        else:
-            forced = () if official else (first_blocks, local_blocks)
-            arguments = (score, chunk_max, out, starts, row, K, width, num_blocks, *forced)
-            kernel = select_official_kernel if official else select_kernel
-            launch(kernel, (count, K, 1), arguments, (S, *constants), Launch(warps))
-    return out
-
-
-def _select_on_its_device(q: Tensor, *rest: Any) -> Tensor:
+    rule = _Rule(block_size, num_blocks, first_blocks, local_blocks, official)
     with on_device(q):
-        return _select(q, *rest)
+        return _Call(q, k, lengths, rule, scale).select()
 
 
 def _select_fake(q: Tensor, k: Tensor, lengths: Sequence[int], block_size: int, num_blocks: int, *_: Any) -> Tensor:
@@ -206,7 +276,7 @@ LIBRARY.define(
     "select_blocks(Tensor q, Tensor k, int[] lengths, int block_size, int num_blocks, int first_blocks, "
     "int local_blocks, bool official, float scale) -> Tensor"
 )
-LIBRARY.impl("select_blocks", _select_on_its_device, "CompositeExplicitAutograd")
+LIBRARY.impl("select_blocks", _select, "CompositeExplicitAutograd")
 torch.library.register_fake("ssa::select_blocks", _select_fake, lib=LIBRARY)
 
 
