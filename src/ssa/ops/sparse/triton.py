@@ -218,6 +218,40 @@ def _forward(
     return out, lse, union_row, union_mask, union_count
 
 
+def _keys_and_values(
+    launch: Launcher,
+    plan: Strategy,
+    x: _Shape,
+    layout: DocumentLayout,
+    indices: Tensor,
+    read: tuple[Tensor, ...],  # q, k, v, d_out, lse, delta
+    strides: tuple[int, ...],
+    written: tuple[Tensor, ...],  # dk, dv, and what is added to them
+    plus: bool,
+) -> None:
+    """dk and dv through the inverted index."""
+    device = indices.device
+    grid = layout.block_grid(4 * x.S, device)
+    super_start, supers = grid.block_start, grid.num_blocks
+    word_offset, words = _bitmap_rows(layout, x.S, str(device))
+    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
+    part_rows = index.units * x.S
+    part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=device)
+    arguments: tuple[Any, ...] = (
+        *read, index.entry, index.work, index.work_offset, super_start, part, *strides, x.H, x.K, supers, part_rows, x.c
+    )  # fmt: skip
+    levels, narrow = len(index.most_works), _narrow(x, strides)
+    overlap = plan.overlap and can_overlap(device.index)
+    for level in reversed(range(levels)):
+        tokens, columns, keys_first, how = plan.dkv[level]
+        key_rows = min(x.S << level, columns)
+        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, narrow, overlap)
+        programs = (index.most_works[level], (x.S << level) // key_rows, 1)
+        launch(dkv_kernel, programs, arguments, constants, how._replace(overlap=overlap and level < levels - 1))
+    arguments = (part, index.work_offset, index.level, super_start, *written, x.K, supers, part_rows)
+    launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S, plus), Launch(4))
+
+
 def _backward(
     d_out: Tensor,  # [B, T, H, D]
     q: Tensor,
@@ -245,7 +279,6 @@ def _backward(
     (q, q_strides), (k, k_strides), (v, v_strides), (d_out, d_strides) = rows(q), rows(k), rows(v), rows(d_out)
     indices = aligned(indices)
     strides = (*q_strides, *k_strides, *v_strides, *d_strides)
-    narrow = _narrow(x, strides)
     launch = Launcher(q.device, q.dtype, indices.dtype, x.H, x.K, x.slots, plan.limit, strides)
     delta = torch.empty_like(lse)
     layout = layout_of(tuple(lengths), *q.shape[:2])
@@ -259,43 +292,15 @@ def _backward(
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
     constants: tuple[Any, ...] = (
-        x.D,
-        x.DP,
-        x.S,
-        x.G,
-        x.GP,
-        plan.tokens,
-        x.list_size,
-        tile.columns,
-        select,
-        narrow,
-        plus,
-    )
+        x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, strides), plus
+    )  # fmt: skip
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_dq
     arguments = (*tensors, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, plan.limit)
     constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
     launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    grid = layout.block_grid(4 * block_size, q.device)
-    super_start, supers = grid.block_start, grid.num_blocks
-    word_offset, words = _bitmap_rows(layout, block_size, str(q.device))
-    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
-    part_rows = index.units * x.S
-    part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=q.device)
-    arguments = (
-        q, k, v, d_out, lse, delta, index.entry, index.work, index.work_offset, super_start, part, *strides,
-        x.H, x.K, supers, part_rows, x.c,
-    )  # fmt: skip
-    levels = len(index.most_works)
-    overlap = plan.overlap and can_overlap(q.device.index)
-    for level in reversed(range(levels)):
-        tokens, columns, keys_first, how = plan.dkv[level]
-        key_rows = min(x.S << level, columns)
-        constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, narrow, overlap)
-        grid_size = (index.most_works[level], (x.S << level) // key_rows, 1)
-        launch(dkv_kernel, grid_size, arguments, constants, how._replace(overlap=overlap and level < levels - 1))
-    arguments = (part, index.work_offset, index.level, super_start, dk, dv, dk_plus, dv_plus, x.K, supers, part_rows)
-    launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S, plus), Launch(4))
+    read = (q, k, v, d_out, lse, delta)
+    _keys_and_values(launch, plan, x, layout, indices, read, strides, (dk, dv, dk_plus, dv_plus), plus)
     return dq, dk, dv
 
 
