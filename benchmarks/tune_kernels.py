@@ -174,18 +174,25 @@ def check_share(D: int, part: int, parts: int, out: Path, kernels: Sequence[str]
 
 
 def kernel_times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds per call of every kernel."""
+    """Milliseconds per call of every kernel; launches of one kernel that overlap count once."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             function()
         torch.cuda.synchronize()
-    return {
-        event.key: event.self_device_time_total / 1e3 / repeats
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    }
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+    times = {}
+    for name, intervals in spans.items():
+        busy, done = 0.0, float("-inf")
+        for start, end in sorted(intervals):
+            busy += max(0.0, end - max(start, done))
+            done = max(done, end)
+        times[name] = busy / 1e3 / repeats
+    return times
 
 
 SELECTION = ("lse_kernel", "score_kernel", "normalise_kernel", "refine_kernel", "select_kernel")
