@@ -21,6 +21,7 @@ import triton.language as tl
 from ssa.ops.decode.triton_kernels import LN2, NOTHING, _attend_tile, _begin, _place, _share
 
 LOW = tl.constexpr(0x7FFFFFFF)
+ABSENT_RANK = tl.constexpr(1 << 20)
 ABSENT = tl.constexpr(-(1 << 62))  # below every key of a block
 
 
@@ -47,17 +48,17 @@ def _list_best(s_gn, lists, tile, lse_g, lo, hi, G, GP: tl.constexpr, BN: tl.con
 
 @triton.jit
 def _merge(lists, total, need, NL: tl.constexpr, UB: tl.constexpr, KP: tl.constexpr):
-    """The ``need < KP`` largest keys of ``total`` lists in order: block of each ``[KP]`` by rank, and their number.
+    """The ``need < KP`` largest keys of ``total`` lists: blocks ``[KP * KP / 2]``, and ranks, large for the others.
 
     An entry i of the list with the j-th largest head has at least i + j larger ones. The triangle of those that can
     win is folded into a rectangle: line a holds list a, and behind it list ``need - a``.
     """
     t, u = tl.arange(0, NL), tl.arange(0, UB)
-    head_t = tl.where(t < total, tl.load(lists + t * KP, mask=t < total, other=0), (-t).to(tl.int64) + ABSENT)
+    head_t = tl.load(lists + t * KP, mask=t < total, other=ABSENT)
     rank_t = tl.zeros([NL], tl.int32)
     for u0 in range(0, NL, UB):
         x = u0 + u
-        head_u = tl.where(x < total, tl.load(lists + x * KP, mask=x < total, other=0), (-x).to(tl.int64) + ABSENT)
+        head_u = tl.load(lists + x * KP, mask=x < total, other=ABSENT)
         rank_t += tl.sum((head_u[:, None] > head_t[None, :]).to(tl.int32), 0)
     a, b = tl.arange(0, KP // 2), tl.arange(0, KP)
     upper_a = tl.sum(tl.where(rank_t[:, None] == a[None, :], t[:, None], 0), 0)
@@ -68,27 +69,31 @@ def _merge(lists, total, need, NL: tl.constexpr, UB: tl.constexpr, KP: tl.conste
     lower = (i_xab >= 0) & (i_xab < a3) & (2 * a3 < need) & (need - a3 < total)
     real_xab = tl.where(is_upper, upper, lower)
     list_xab = tl.where(is_upper, upper_a[None, :, None], lower_a[None, :, None])
-    key_xab = tl.load(lists + list_xab * KP + i_xab, mask=real_xab, other=0)  # one of both at most
-    key_ab = tl.max(tl.where(real_xab, key_xab, (-(a3 * KP + b3)).to(tl.int64) + ABSENT), 0)
-    key_e = tl.reshape(key_ab, [KP * KP // 2])
-    rank_e = tl.where(key_e >= 0, tl.sum((key_e[:, None] > key_e[None, :]).to(tl.int32), 0), KP)
-    block_e = ((key_e & LOW) ^ LOW).to(tl.int32)
-    block_r = tl.sum(tl.where(rank_e[:, None] == b[None, :], block_e[:, None], 0), 0)
-    return block_r, tl.sum((rank_e < need).to(tl.int32), 0)
+    key_xab = tl.load(lists + list_xab * KP + i_xab, mask=real_xab, other=ABSENT)
+    key_e = tl.reshape(tl.max(key_xab, 0), [KP * KP // 2])  # one of both is there, or none
+    rank_e = tl.sum((key_e[:, None] > key_e[None, :]).to(tl.int32), 0)
+    return ((key_e & LOW) ^ LOW).to(tl.int32), tl.where((key_e >= 0) & (rank_e < need), rank_e, ABSENT_RANK)
 
 
 @triton.jit
-def _ordered(block_r, count, first_blocks, local_blocks, own, KP: tl.constexpr, KB: tl.constexpr):
-    """Blocks of a row ``[KB]``: the first, the ``count`` best, the local ones up to the own; ascending, then -1."""
-    r, s = tl.arange(0, KP), tl.arange(0, KB)
-    block_r = tl.where(r < count, block_r, r + (LOW - KP))
+def _all_blocks(block_e, rank_e, need, first_blocks, local_blocks, own, KB: tl.constexpr):
+    """Blocks of a row ``[KB]``: the first, the best from the best one on, the local ones up to the own, then -1."""
+    s = tl.arange(0, KB)
     forced = tl.minimum(first_blocks, own + 1)
     local = tl.minimum(own + 1 - forced, local_blocks)
-    place_r = forced + tl.sum((block_r[:, None] < block_r[None, :]).to(tl.int32), 0)
-    taken_s = tl.sum(tl.where(place_r[:, None] == s[None, :], block_r[:, None], 0), 0)
-    begin = forced + count
+    begin = forced + tl.minimum(need, tl.maximum(own + 1 - local_blocks - first_blocks, 0))  # every candidate has a key
+    best_s = tl.sum(tl.where((forced + rank_e)[:, None] == s[None, :], block_e[:, None], 0), 0)
     rest_s = tl.where(s < begin + local, own + 1 - local + s - begin, -1)
-    return tl.where(s < forced, s, tl.where(s < begin, taken_s, rest_s))
+    return tl.where(s < forced, s, tl.where(s < begin, best_s, rest_s))
+
+
+@triton.jit
+def _ascending(block_s, KB: tl.constexpr):
+    """The blocks in ascending order, -1 last."""
+    s = tl.arange(0, KB)
+    key_s = tl.where(block_s < 0, s + (LOW - KB), block_s)
+    place_s = tl.sum((key_s[:, None] < key_s[None, :]).to(tl.int32), 0)
+    return tl.sum(tl.where(place_s[:, None] == s[None, :], block_s[:, None], 0), 0)
 
 
 @triton.jit
@@ -106,10 +111,11 @@ def _finish(
     query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
     if ATTEND:
         q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)  # early: it waits for nothing
-    block_r, count = _merge(lists, tiles, k - first_blocks - local_blocks, NL, UB, KP)
-    block_s = _ordered(block_r, count, first_blocks, local_blocks, own, KP, KB)
+    need = k - first_blocks - local_blocks
+    block_e, rank_e = _merge(lists, tiles, need, NL, UB, KP)
+    block_s = _all_blocks(block_e, rank_e, need, first_blocks, local_blocks, own, KB)
     if not ATTEND:
-        tl.store(indices_ptr + (row.to(tl.int64) * K + head) * k + s, block_s, mask=s < k)
+        tl.store(indices_ptr + (row.to(tl.int64) * K + head) * k + s, _ascending(block_s, KB), mask=s < k)
     else:
         keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
         values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
@@ -118,14 +124,14 @@ def _finish(
         o_md = tl.zeros([M, DP], tl.float32)
         for begin in tl.static_range(0, KB * S, BK):
             e = begin + tl.arange(0, BK)
-            block_e = tl.sum(tl.where((e // S)[:, None] == s[None, :], block_s[None, :], 0), 1)
+            block_e = tl.sum(tl.where(s[:, None] == (e // S)[None, :], block_s[:, None], 0), 0)
             place = block_e * S + e % S
             real = (block_e >= 0) & (place <= position)
             at = place.to(tl.int64)[:, None]
             loaded = real[:, None] & (d < D)[None, :]
-            k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
             v_nd = tl.load(values + at * v_row + d[None, :], mask=loaded, other=0.0)
-            m, l, o_md = _attend_tile(q_md, k_nd, v_nd, real[None, :], m, l, o_md, c)
+            k_nd = tl.load(keys + at * k_row + d[None, :], mask=loaded, other=0.0)
+            m, l, o_md = _attend_tile(q_md, k_nd, v_nd, real[None, :], m, l, o_md, c, True)
         seen = l > 0
         o_md = o_md / tl.where(seen, l, 1.0)[:, None]
         lse_m = tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)

@@ -194,13 +194,16 @@ def score_kernel(
 
 
 @triton.jit
-def _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c):
-    """Running maximum, sum and output after a tile of keys."""
+def _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c, LATE: tl.constexpr = False):
+    """Running maximum, sum and output after a tile of keys. LATE: values stay in registers until the weights are there;
+    otherwise the compiler moves them to shared memory, and waits for them, before it asks for the keys."""
     s_mn = tl.where(seen_mn, tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
     top = tl.maximum(m, tl.max(s_mn, 1))
     base = tl.where(top == NOTHING, 0.0, top)
     p_mn = tl.exp2(s_mn - base[:, None])
     old = tl.exp2(m - base)
+    if LATE:
+        v_nd = tl.where((tl.max(p_mn, 0) >= 0.0)[:, None], v_nd, 0.0)  # changes nothing
     o_md = o_md * old[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
     return top, l * old + tl.sum(p_mn, 1), o_md
 
