@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssa.errors import InputError
 from ssa.ops.decode.api import refuse_decoding
-from ssa.ops.dispatch import Backend, Request, choose, register
+from ssa.ops.dispatch import Backend, Request, always, choose, register
 
 MAX_ROWS = 32  # more are bound by arithmetic, where the vendor's products are better
 STEP = 128  # C is a multiple of it
@@ -50,7 +50,11 @@ class Projections(NamedTuple):
 
 
 for _operation in ("few_linear", "few_project"):
-    register(_operation, Backend("triton", f"ssa.ops.few.triton:{_operation}", refuse_decoding))
+    register(
+        _operation,
+        Backend("triton", f"ssa.ops.few.triton:{_operation}", refuse_decoding),
+        Backend("reference", f"ssa.ops.few.reference:{_operation}", always),
+    )
 
 
 def is_few(x: Tensor) -> bool:
