@@ -64,12 +64,12 @@ def layers() -> None:
             for begin, end in ((29, 32), (32, 33), (33, 34), (34, 40)):
                 got = model(ids[:, begin:end], past_key_values=cache).logits
                 torch.testing.assert_close(got, expected[:, begin:end], atol=1e-4, rtol=1e-4)
-        assert len(calls) == 2 * 4 * 2 * 3
+        assert len(calls) == 2 * 4 * (2 * 3 + 1)  # the last: logits
         calls.clear()
         model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *x: None)
         cache.crop(-1)
         model(ids[:, -1:], past_key_values=cache)
-        assert len(calls) == 3
+        assert len(calls) == 3 + 1
 
 
 if __name__ == "__main__":

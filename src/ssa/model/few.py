@@ -1,11 +1,11 @@
-"""A decoder layer for a few new tokens against a cache, in six launches or seven: see :mod:`ssa.ops.few`.
+"""A decoder layer for a few new tokens against a cache, on a GPU in six launches or seven: see :mod:`ssa.ops.few`.
 
-What a step of decoding would otherwise spend on dozens of small kernels and on products that leave most of a GPU idle.
+A step would otherwise be dozens of small kernels, and products that leave much of the memory's speed unused.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ ENABLED = True  # for measurements
 
 def fused_layer(layer: SSADecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> Tensor | None:
     """The layer's output ``[B, N, C]`` for new tokens ``x [B, N, C]``, or None where the layer has to do it: without a
-    past, for many tokens, on a CPU, and where its modules are not the plain ones (adapters, quantisation, hooks)."""
+    past, for many tokens, and where its modules are not the plain ones (adapters, quantisation, hooks)."""
     attention, mlp, cache = layer.self_attn, layer.mlp, call.cache
     if (
         not ENABLED
@@ -60,6 +60,15 @@ def fused_layer(layer: SSADecoderLayer, x: Tensor, rope: tuple[Tensor, Tensor], 
         x, mlp.gate_proj.weight, Product(norm=after.weight, eps=after.variance_epsilon, up=mlp.up_proj.weight)
     )
     return few_linear(wide, mlp.down_proj.weight, Product(add=x))
+
+
+def few_logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """``head(hidden)``, for few tokens on a CPU by :func:`few_linear` (on a GPU the vendor's product is as fast)."""
+    usual = hidden.device.type == "cpu" and type(head) is nn.Linear and head.bias is None and _plain(head)
+    weight = cast("Tensor", head.weight) if usual else hidden
+    if usual and ENABLED and hidden.dim() == 3 and is_few(hidden) and serves(hidden, [weight]):
+        return few_linear(hidden, weight)
+    return cast("Tensor", head(hidden))
 
 
 def _plain(module: nn.Module) -> bool:

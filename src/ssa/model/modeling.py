@@ -26,7 +26,7 @@ from ssa.errors import InputError
 from ssa.model.cache import BlockCache
 from ssa.model.cached import advance, attend, attend_nsa, open_cache, prefill
 from ssa.model.configuration import SSAConfig
-from ssa.model.few import fused_layer
+from ssa.model.few import few_logits, fused_layer
 from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
 from ssa.model.modes import AttentionModes, Observer
@@ -316,7 +316,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
         if labels is not None and labels.shape != hidden.shape[:2]:
             raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(hidden.shape[:2])}")
         skips = labels is not None and (self.training if skip_logits is None else skip_logits)
-        output = SSAOutput(logits=None if skips else self.lm_head(hidden), cache=held)
+        output = SSAOutput(logits=None if skips else few_logits(self.lm_head, hidden), cache=held)
         if labels is not None and layout is not None:
             targets = layout.next_token_labels(labels)
             self._cross_entropy(output, hidden, targets, num_items_in_batch)

@@ -49,19 +49,26 @@ class Projections(NamedTuple):
     gate: Tensor | None
 
 
+def _refuse_cpu(request: Request) -> str | None:
+    if request.device.type != "cpu" or request.dtype != torch.float32:
+        return f"needs float32 on a CPU, not {request.dtype} on {request.device.type}"
+    return None if torch.backends.mkldnn.is_available() else "needs a torch with oneDNN"
+
+
 for _operation in ("few_linear", "few_project"):
     register(
         _operation,
         Backend("triton", f"ssa.ops.few.triton:{_operation}", refuse_decoding),
+        Backend("cpu", f"ssa.ops.few.cpu:{_operation}", _refuse_cpu),
         Backend("reference", f"ssa.ops.few.reference:{_operation}", always),
     )
 
 
 def is_few(x: Tensor) -> bool:
-    """Whether ``x [B, N, C]`` has few rows, on a GPU (or in Triton's interpreter), without gradients."""
+    """Whether ``x [B, N, C]`` has few rows, without gradients, on a GPU or in float32 on a CPU."""
     if x.shape[0] * x.shape[1] > MAX_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return refuse_decoding(_request(x)) is None
+    return refuse_decoding(_request(x)) is None or _refuse_cpu(_request(x)) is None
 
 
 def serves(x: Tensor, weights: Iterable[Tensor]) -> bool:
