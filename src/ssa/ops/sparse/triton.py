@@ -81,8 +81,9 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     """
     GP, DP = next_power_of_two(H // K), max(16, next_power_of_two(D))
     tokens = min(32, max(1, 64 // GP), max(1, 4096 // next_power_of_two(slots)))
-    warps = 8 if tokens * GP >= 128 else 4
-    narrow = tokens * GP == 64 and DP == 64  # registers are capped so that one more program fits a multiprocessor
+    M = tokens * GP
+    warps = 8 if M >= 128 else 4
+    narrow = M == 64 and DP == 64  # registers are capped so that one more program fits a multiprocessor
     wide = 64 if DP <= 64 or (DP <= 128 and not small) else 32
     token = Tile(32 if DP <= 128 else 16, Launch(1))
     columns = 64 if DP <= 128 else 16
@@ -92,16 +93,16 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     return Strategy(
         tokens=tokens,
         limit=max(slots * 3 // 2, tokens * slots // 2),
-        union_forward=Tile(32, Launch(warps, 3))
-        if DP == 128
-        else Tile(wide, Launch(warps, 2, 128 if narrow else None)),
-        union_dq=Tile(wide, Launch(warps, 2, 128 if narrow else None)),
-        select=(False, False),
+        union_forward=Tile(32, Launch(warps, 3, 96 if narrow else 168 if M == 64 else None))
+        if narrow or DP == 128
+        else Tile(wide, Launch(warps)),
+        union_dq=Tile(32, Launch(warps, 3, 96)) if narrow else Tile(wide, Launch(warps)),
+        select=(DP <= 128, DP <= 64),
         token_forward=token,
         token_dq=token,
         dkv=(readers, readers, readers),
         merge=S <= 32,
-        overlap=False,
+        overlap=True,
     )
 
 
