@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, object]] = {
 }
 LARGE: dict[str, dict[str, object]] = {
     "listed and merged": {"TILES": 1 << 20},
+    "keys through the pipeline": {"STREAM": False},
     "dependent launch": {"DEPENDENT_ALWAYS": True},
 }
 
