@@ -8,6 +8,7 @@ time includes the update of the pooled keys.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,23 +25,27 @@ from ssa.bench.result import header
 from ssa.bench.runner import Record, kernels
 from ssa.bench.targets import Target
 from ssa.bench.timing import FLUSH_BYTES, measure
-from ssa.errors import NumericError, SSAError
+from ssa.errors import NumericError
 from ssa.ops import SparseSpec
 from ssa.ops.decode import decode_attention, full_decode_attention, select_blocks_cached, update_pooled
 
 CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
+DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
-SMALL: dict[str, dict[str, object]] = {
-    "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
-    "summed and searched": {"TILES": 0},
-    "no dependent launch": {"DEPENDENT_LAUNCH": False},
-}
-LARGE: dict[str, dict[str, object]] = {
-    "listed and merged": {"TILES": 1 << 20},
-    "keys through the pipeline": {"STREAM": False},
-    "dependent launch": {"DEPENDENT_ALWAYS": True},
+DESIGNS: dict[str, dict[str, dict[str, object]]] = {
+    "1b_128k_b1": {
+        "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
+        "summed and searched": {"TILES": 0},
+    },
+    "1b_64k_b16": {"summed and searched": {"TILES": 0}},
+    "1b_128k_b32": {
+        "keys through the pipeline": {"STREAM": False},
+        "dependent launch": {"DEPENDENT_ALWAYS": True},
+        "listed and merged": {"TILES": 1 << 20},
+    },
+    "8b_128k_b1": {"four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None}},
 }
 
 
@@ -271,7 +276,7 @@ def run_case(kind: str, backend: str, function: Run, workload: Workload, layers:
         record["gigabytes_per_second"] = least / median / 1e6
         if backend == "ssa":
             record["kernels"] = kernels(calls[0], device)
-    except (SSAError, RuntimeError) as error:
+    except Exception as error:  # Triton's are no RuntimeError
         failed = "wrong" if isinstance(error, NumericError) else "failed" if backend == "ssa" else "unavailable"
         record |= {"status": failed, "reason": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
     return record
@@ -281,20 +286,24 @@ def run(suite: str, command: str, device: torch.device, say: Callable[[str], Non
     """The result of a suite; cases with a wrong output have no time."""
     result = header(suite, command)
     cases: list[Record] = []
+    began = time.monotonic()
     for workload in SUITES[suite]:
         layers = draw(workload, device)
         with torch.no_grad():
             for kind, backend, function in operations(device):
                 cases.append(run_case(kind, backend, function, workload, layers))
                 say(one_line(cases[-1]))
-            designs = SMALL if workload.batch * workload.tokens <= 1 << 20 else LARGE
-            for name, constants in designs.items() if device.type == "cuda" else ():
-                with design(constants):
-                    cases.append(run_case(f"sparse, {name}", "ssa", sparse, workload, layers))
-                say(one_line(cases[-1]))
         del layers
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    for workload in SUITES[suite] if device.type == "cuda" else ():
+        layers = []
+        for name, constants in DESIGNS.get(workload.name, {}).items():
+            if time.monotonic() - began < DESIGN_SECONDS:
+                layers = layers or draw(workload, device)
+                with torch.no_grad(), design(constants):
+                    cases.append(run_case(f"sparse, {name}", "ssa", sparse, workload, layers))
+                say(one_line(cases[-1]))
     for case in cases:
         if case["kind"] == "sparse" and "ms" in case:
             case["over_fastest_full"] = _speed_up(case["workload"]["name"], cases)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssa.bench.runner import Options, Record, kernels, milliseconds, one_line
 from ssa.bench.timing import Timing, measure
-from ssa.errors import InputError, SSAError
+from ssa.errors import InputError
 from ssa.model import SSAConfig, SSAForCausalLM, few
 from ssa.model.cache import BlockCache
 from ssa.model.graph import graph_of
@@ -126,7 +126,7 @@ def _checked(model: SSAForCausalLM) -> Errors | Exception:
     """Once per model, before its layers are compiled."""
     try:
         return check(model)
-    except (SSAError, RuntimeError) as error:
+    except Exception as error:
         return error
 
 
@@ -139,7 +139,7 @@ def _run(model: SSAForCausalLM, errors: Errors | Exception, case: Case, options:
         return
     try:
         timed = (decoding if case.kind == "decode" else prefilling)(model, case)
-    except (SSAError, RuntimeError) as error:  # the other cases still count
+    except Exception as error:  # the other cases still count
         yield from ({"mode": mode, **_failure(error)} for mode in MODES)
         return
     for mode in MODES:
@@ -150,7 +150,7 @@ def _run(model: SSAForCausalLM, errors: Errors | Exception, case: Case, options:
                 "mode": mode, "status": "ok", "check": {"errors": {n: list(e) for n, e in errors.items()}},
                 "timing": asdict(timing), **more,
             }  # fmt: skip
-        except (SSAError, RuntimeError) as error:
+        except Exception as error:
             yield {"mode": mode, **_failure(error)}
 
 
