@@ -15,9 +15,9 @@ SMALL_TILE, SMALL_STAGES = 8192, 2  # where shared memory is small
 OUTPUTS = 256  # programs that keep a device busy: fewer outputs per program below it
 
 
-def _tile(C: int, outputs: int, itemsize: int, index: int | None) -> tuple[int, int]:
+def _tile(R: int, C: int, outputs: int, itemsize: int, index: int | None) -> tuple[int, int]:
     """Inputs of a tile, a power of two that divides C, and stages."""
-    tile, stages = (SMALL_TILE, SMALL_STAGES) if small_shared_memory(index) else (TILE, STAGES)
+    tile, stages = (SMALL_TILE, SMALL_STAGES) if small_shared_memory(index) else (TILE, STAGES - (R > 16))
     return min(C & -C, max(STEP, tile // (outputs * itemsize))), stages
 
 
@@ -35,7 +35,7 @@ def few_linear(x: Tensor, weight: Tensor, product: Product) -> Tensor:
         weight if product.up is None else product.up, x if add is None else add, out, R, O, x.stride(0),
         0 if gate is None else gate.stride(0), 0 if add is None else add.stride(0), product.eps, C,
         0 if gate is None else C // gate.shape[1], max(16, next_power_of_two(R)), outputs,
-        *_tile(C, outputs * (1 if product.up is None else 2), x.element_size(), x.device.index),
+        *_tile(R, C, outputs * (1 if product.up is None else 2), x.element_size(), x.device.index),
         product.norm is not None, product.up is not None, add is not None, bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
     return out.view(B, N, O)
@@ -57,6 +57,6 @@ def few_project(
         x, layer.norm, layer.q, layer.k, layer.v, layer.q if layer.gate is None else layer.gate, cos, sin, lengths,
         q, *cache, q if gate is None else gate, R, N, H, K, x.stride(0), 0 if cos.shape[0] == 1 else N * D,
         *cache[0].stride()[:3], *cache[1].stride()[:3], layer.eps, C, D, max(16, next_power_of_two(R)), outputs,
-        *_tile(C, 2 * outputs, x.element_size(), x.device.index), bool(pdl), num_warps=4, **pdl,
+        *_tile(R, C, 2 * outputs, x.element_size(), x.device.index), bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
     return q, gate
