@@ -95,7 +95,7 @@ def applied(change: dict[str, Any]) -> Iterator[None]:
     """Run the operations with a change of their configuration."""
     named = ("lse_config", "score_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS")
     settings = {name: getattr(selection, name) for name in named}
-    old = sparse.strategy, triton_index.GROUP_COST, triton_index.SEGMENT
+    old = sparse.strategy, triton_index.SEGMENT
     fields = {k: v for k, v in change.items() if k in sparse.Strategy._fields}
 
     def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) -> sparse.Strategy:
@@ -106,15 +106,14 @@ def applied(change: dict[str, Any]) -> Iterator[None]:
         if key in change:
             setattr(selection, name, (lambda *_, x=change[key]: x) if name.endswith("config") else change[key])
     sparse.strategy = strategy
-    triton_index.GROUP_COST = change.get("cost", old[1])
-    triton_index.SEGMENT = change.get("segment", old[2])
+    triton_index.SEGMENT = change.get("segment", old[1])
     selection._slabs.cache_clear()
     try:
         yield
     finally:
         for name, value in settings.items():
             setattr(selection, name, value)
-        sparse.strategy, triton_index.GROUP_COST, triton_index.SEGMENT = old
+        sparse.strategy, triton_index.SEGMENT = old
         selection._slabs.cache_clear()
 
 

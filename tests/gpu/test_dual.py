@@ -137,6 +137,7 @@ def test_never_waits_for_the_device(main: str, fraction: float) -> None:
 def test_gradients_of_both_streams_are_rounded_once(layout: DocumentLayout) -> None:
     """The sparse backward adds the full stream's gradients before it rounds: no further off than adding afterwards."""
     from ssa.ops import select_blocks
+    from ssa.ops.sparse import triton  # noqa: F401 - declares the operations
 
     q, k, v, _ = (x.detach() for x in inputs(layout, (32, 2, 64)))
     spec = SparseSpec(16, 16)

@@ -23,11 +23,11 @@ def compare_gradients() -> None:
     weight = torch.randn(q.shape)
     expected = None
     shipped, segment = triton.strategy, triton_index.SEGMENT
-    for keys_first, cost in ((False, (1, 99, 99)), (False, (99, 1, 99)), (True, (99, 99, 1)), (True, (1, 99, 99))):
-        triton_index.GROUP_COST, triton_index.SEGMENT = cost, 15
+    for keys_first, cost in ((False, (1, 99, 99)), (False, (99, 1, 99)), (True, (99, 99, 1)), (True, (16, 20, 29))):
+        triton_index.SEGMENT = 15
         plan = shipped(4, 2, 16, S, 2)
         dkv = tuple(x._replace(keys_first=keys_first) for x in plan.dkv)
-        plan = plan._replace(limit=1 << 20, dkv=dkv, select=(keys_first, keys_first))
+        plan = plan._replace(limit=1 << 20, dkv=dkv, cost=cost, select=(keys_first, keys_first))
         triton.strategy = lambda *_, plan=plan: plan
         out, lse = sparse_attention(q, k, v, indices, S, LAYOUT, return_lse=True, backend="triton")
         mine = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
@@ -36,7 +36,7 @@ def compare_gradients() -> None:
             expected = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
         for a, b in zip(mine, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    triton.strategy, triton_index.GROUP_COST, triton_index.SEGMENT = shipped, (16, 29, 46), segment
+    triton.strategy, triton_index.SEGMENT = shipped, segment
 
 
 def compare_addends() -> None:

@@ -57,7 +57,8 @@ class Strategy(NamedTuple):
     """How one shape runs; chosen by :func:`strategy`, measured in docs/kernels.md.
 
     ``tokens`` per union tile; a tile goes to the union kernels if the union of the tile before it has at most ``limit``
-    blocks, else its tokens go to the token kernels. ``dkv``: for groups of 1, 2 and 4 blocks.
+    blocks, else its tokens go to the token kernels. ``dkv``: for groups of 1, 2 and 4 blocks, and
+    the ``cost`` of one reader of each.
     ``select``: mask blocks of the union by a choice per row and block (forward, dq). ``overlap``: launches of dk/dv.
     """
 
@@ -69,7 +70,7 @@ class Strategy(NamedTuple):
     token_forward: Tile
     token_dq: Tile
     dkv: tuple[Readers, Readers, Readers]
-    merge: bool
+    cost: tuple[int, ...]
     overlap: bool
 
 
@@ -90,6 +91,7 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
     columns = max(16, columns // 2) if small else columns
     how = Launch(4, 3 if DP <= 64 and not small else 2)
     readers = Readers(max(1, (64 if DP <= 128 else 32) // GP), columns, False, how)
+    fours = Readers(max(1, (64 if DP <= 64 else 32) // GP), 64, True, Launch(4, 3))
     return Strategy(
         tokens=tokens,
         limit=max(slots * 3 // 2, tokens * slots // 2),
@@ -100,8 +102,8 @@ def strategy(H: int, K: int, D: int, S: int, slots: int, small: bool = False) ->
         select=(DP <= 128, DP <= 64),
         token_forward=token,
         token_dq=token,
-        dkv=(readers, readers, readers),
-        merge=S <= 32,
+        dkv=(readers, readers, fours if DP <= 128 and not small else readers),
+        cost=((16, 20, 29) if DP <= 64 else (16, 22, 32)) if S <= 32 else (16,),
         overlap=True,
     )
 
@@ -235,7 +237,7 @@ def _keys_and_values(
     grid = layout.block_grid(4 * x.S, device)
     super_start, supers = grid.block_start, grid.num_blocks
     word_offset, words = _bitmap_rows(layout, x.S, str(device))
-    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.merge)
+    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.cost)
     part_rows = index.units * x.S
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=device)
     arguments: tuple[Any, ...] = (

@@ -1,8 +1,9 @@
 """Inverted index: for every block, the tokens that read it. Built on the GPU, deterministic, without the host.
 
 Four neighbouring blocks form a super-block. Blocks that are read by nearly the same tokens are better served together
-(their queries are loaded once), so each super-block is cut into groups of 1, 2 or 4 blocks, whichever costs least by
-the lengths of the merged lists. Groups are numbered by size, then (KV head, super-block, place):
+(their queries are loaded once), so the super-blocks of a document and KV head are cut into groups of 1, 2 or 4 blocks,
+whichever costs least by the lengths of the merged lists: one size for all of them, because each size is a launch that
+passes over the queries. Groups are numbered by size, then (KV head, super-block, place):
 
     size 1: [0, 4 Z)    size 2: [4 Z, 6 Z)    size 4: [6 Z, 7 Z)    with Z = K * super-blocks
 
@@ -25,7 +26,6 @@ from ssa.ops.triton_support import Launch, Launcher, ceil_div
 BITMAP_BYTES = 1 << 30  # at most; beyond it the index is sorted
 SEGMENT = 256  # readers per work item: bounds the work of a block that everybody reads
 WORDS = 128  # bitmap words per step of a program
-GROUP_COST = (16, 29, 46)  # of one reader of a group of 1, 2, 4 blocks, in sixteenths; merge what saves much
 
 
 @triton.jit
@@ -67,18 +67,17 @@ def mark_kernel(
 def count_kernel(
     bitmap_ptr,  # [K, words]
     word_offset_ptr,  # [supers + 1]
-    count_ptr,  # [7 Z] int32: readers per group, 0 for a group that is not used
-    level_ptr,  # [K, supers] int32
+    super_of_document_ptr,  # [N]
+    super_start_ptr,  # [supers + 1]
+    count_ptr,  # [7 Z] int32: readers per group
+    readers_ptr,  # [K, supers, 3] int64, zero: readers of a document's groups by size, at its first super-block
     supers,
     words,
     K,
     LEVELS: tl.constexpr,
-    COST1: tl.constexpr,
-    COST2: tl.constexpr,
-    COST4: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Choose the group size of one super-block by the lengths of its lists."""
+    """Readers of every group of one super-block."""
     place, head = tl.program_id(0), tl.program_id(1)
     base = tl.load(word_offset_ptr + place)
     length = ((tl.load(word_offset_ptr + place + 1) - base) // 4).to(tl.int32)
@@ -102,21 +101,20 @@ def count_kernel(
             c0123 += _bits_set(x0 | x1 | x2 | x3)
     n0, n1, n2, n3 = tl.sum(c0), tl.sum(c1), tl.sum(c2), tl.sum(c3)
     n01, n23, n0123 = tl.sum(c01), tl.sum(c23), tl.sum(c0123)
-    level = tl.zeros([], tl.int32)
-    if LEVELS > 1:  # ties go to the smaller group; in floating point, because sums of long lists overflow int32
-        cost1 = (n0 + n1 + n2 + n3).to(tl.float32) * COST1
-        cost2 = (n01 + n23).to(tl.float32) * COST2
-        cost4 = n0123.to(tl.float32) * COST4
-        level = tl.where((cost4 < cost1) & (cost4 < cost2), 2, tl.where(cost2 < cost1, 1, 0))
     nth, Z = head * supers + place, K * supers
-    tl.store(level_ptr + nth, level)
-    tl.store(count_ptr + nth * 4, tl.where(level == 0, n0, 0))
-    tl.store(count_ptr + nth * 4 + 1, tl.where(level == 0, n1, 0))
-    tl.store(count_ptr + nth * 4 + 2, tl.where(level == 0, n2, 0))
-    tl.store(count_ptr + nth * 4 + 3, tl.where(level == 0, n3, 0))
-    tl.store(count_ptr + 4 * Z + nth * 2, tl.where(level == 1, n01, 0))
-    tl.store(count_ptr + 4 * Z + nth * 2 + 1, tl.where(level == 1, n23, 0))
-    tl.store(count_ptr + 6 * Z + nth, tl.where(level == 2, n0123, 0))
+    tl.store(count_ptr + nth * 4, n0)
+    tl.store(count_ptr + nth * 4 + 1, n1)
+    tl.store(count_ptr + nth * 4 + 2, n2)
+    tl.store(count_ptr + nth * 4 + 3, n3)
+    tl.store(count_ptr + 4 * Z + nth * 2, n01)
+    tl.store(count_ptr + 4 * Z + nth * 2 + 1, n23)
+    tl.store(count_ptr + 6 * Z + nth, n0123)
+    if LEVELS > 1:
+        first = tl.load(super_of_document_ptr + tl.load(super_start_ptr + place))
+        total = readers_ptr + (head * supers + first) * 3
+        tl.atomic_add(total, n0.to(tl.int64) + n1 + n2 + n3, sem="relaxed")
+        tl.atomic_add(total + 1, n01.to(tl.int64) + n23, sem="relaxed")
+        tl.atomic_add(total + 2, n0123.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["supers", "words"])
@@ -191,24 +189,49 @@ def work_kernel(entry_offset_ptr, work_offset_ptr, work_ptr, SEGMENT: tl.constex
     _cut(work_ptr, tl.load(work_offset_ptr + group), group, first, end, SEGMENT)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["supers"])
 def offset_kernel(
-    count_ptr,  # [groups] readers
-    entry_offset_ptr,  # [groups + 1]
-    work_offset_ptr,  # [groups + 1]
-    groups,
+    count_ptr,  # [7 Z] readers
+    readers_ptr,  # [K, supers, 3], see `count_kernel`
+    super_of_document_ptr,  # [N]
+    super_start_ptr,  # [supers + 1]
+    level_ptr,  # [Z] log2 of the blocks per group, written here
+    entry_offset_ptr,  # [7 Z + 1]
+    work_offset_ptr,  # [7 Z + 1]
+    supers,
+    K,
+    LEVELS: tl.constexpr,
+    COST1: tl.constexpr,
+    COST2: tl.constexpr,
+    COST4: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where the list of each group and its work items begin. One program."""
+    """Choose the size of groups; where the list of each group and its work items begin. One program."""
     i = tl.arange(0, BLOCK)
     entries = tl.zeros([], tl.int32)
     works = tl.zeros([], tl.int32)
+    Z = K * supers
+    groups = 7 * Z
     for g0 in range(0, groups + 1, BLOCK):
-        count = tl.load(count_ptr + g0 + i, mask=g0 + i < groups, other=0)
+        group = g0 + i
+        inside = group < groups
+        size = tl.where(group < 4 * Z, 0, tl.where(group < 6 * Z, 1, 2))
+        nth = tl.where(size == 0, group // 4, tl.where(size == 1, (group - 4 * Z) // 2, group - 6 * Z))
+        level = tl.zeros([BLOCK], tl.int32)
+        if LEVELS > 1:  # ties go to the smaller group
+            token = tl.load(super_start_ptr + nth % supers, mask=inside, other=0)
+            document = tl.load(super_of_document_ptr + token, mask=inside, other=0)
+            total = readers_ptr + (nth - nth % supers + document) * 3
+            cost1 = tl.load(total, mask=inside, other=0) * COST1
+            cost2 = tl.load(total + 1, mask=inside, other=0) * COST2
+            cost4 = tl.load(total + 2, mask=inside, other=0) * COST4
+            level = tl.where((cost4 < cost1) & (cost4 < cost2), 2, tl.where(cost2 < cost1, 1, 0))
+        tl.store(level_ptr + nth, level, mask=inside & (size == 0) & (group % 4 == 0))
+        count = tl.load(count_ptr + group, mask=inside & (level == size), other=0)
         items = (count + SEGMENT - 1) // SEGMENT
-        tl.store(entry_offset_ptr + g0 + i, entries + tl.cumsum(count) - count, mask=g0 + i <= groups)
-        tl.store(work_offset_ptr + g0 + i, works + tl.cumsum(items) - items, mask=g0 + i <= groups)
+        tl.store(entry_offset_ptr + group, entries + tl.cumsum(count) - count, mask=group <= groups)
+        tl.store(work_offset_ptr + group, works + tl.cumsum(items) - items, mask=group <= groups)
         entries += tl.sum(count)
         works += tl.sum(items)
 
@@ -230,31 +253,34 @@ def reader_index(
     super_start: Tensor,  # [supers + 1]
     word_offset: Tensor,  # [supers + 1]
     words: int,
-    merge: bool,
+    cost: tuple[int, ...],
 ) -> ReaderIndex:
-    """Build the index; ``merge`` allows groups of more than one block."""
+    """Build the index; ``cost``: of a reader of a group of 1, 2 and 4 blocks, or of one block alone if never merged."""
     N, K, slots = indices.shape
     supers, entries, device = super_start.numel() - 1, N * K * slots, indices.device
     Z = K * supers
     fits = 4 * K * words <= BITMAP_BYTES
-    levels = 3 if merge and fits else 1
+    levels = len(cost) if fits else 1
+    costs = (*cost, 0, 0)[:3]
     launch = Launcher(device, indices.dtype, K, slots)
     integers = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
     entry_offset, work_offset = integers(7 * Z + 1), integers(7 * Z + 1)
     segments = ceil_div(entries, SEGMENT)
-    work = integers(4 * Z + segments, 3)
+    work, level = integers(4 * Z + segments, 3), integers(Z)
+    readers = torch.zeros(3 * Z, dtype=torch.int64, device=device)
     if fits:
-        level, count, entry = integers(Z), integers(7 * Z), integers(entries)
+        count, entry = integers(7 * Z), integers(entries)
         bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
         arguments: tuple[Any, ...] = (indices, bitmap, super_of_document, super_start, word_offset, N, words, K, slots)
         launch(mark_kernel, (ceil_div(entries, 1024), 1, 1), arguments, (1024,), Launch(4))
-        arguments = (bitmap, word_offset, count, level, supers, words, K)
-        launch(count_kernel, (supers, K, 1), arguments, (levels, *GROUP_COST, WORDS), Launch(1))
+        arguments = (bitmap, word_offset, super_of_document, super_start, count, readers, supers, words, K)
+        launch(count_kernel, (supers, K, 1), arguments, (levels, WORDS), Launch(1))
     else:
-        level = torch.zeros(Z, dtype=torch.int32, device=device)
         count, entry = _sorted_lists(indices, super_of_document, supers)
-    arguments = (count, entry_offset, work_offset, 7 * Z)
-    launch(offset_kernel, (1, 1, 1), arguments, (SEGMENT, 4096), Launch(16))
+    arguments = (
+        count, readers, super_of_document, super_start, level, entry_offset, work_offset, supers, K,
+    )  # fmt: skip
+    launch(offset_kernel, (1, 1, 1), arguments, (levels, *costs, SEGMENT, 4096), Launch(16))
     if fits:
         arguments = (
             bitmap, word_offset, super_start, entry_offset, level, entry, work_offset, work, supers, words, K,
@@ -262,8 +288,8 @@ def reader_index(
         launch(compact_kernel, (supers, K, 4), arguments, (SEGMENT, WORDS), Launch(1))
     else:
         launch(work_kernel, (7 * Z, 1, 1), (entry_offset, work_offset, work), (SEGMENT,), Launch(1))
-    # a group of b blocks is taken only if its readers are fewer than this multiple of its blocks' readers together
-    most = [min(1.0, GROUP_COST[0] / cost) for cost in GROUP_COST[: 3 if levels > 1 else 1]]
+    # groups of b blocks are taken only if their readers are fewer than this multiple of the blocks' readers together
+    most = [min(1.0, cost[0] / x) for x in cost[:levels]]
     excess = max(b * share for b, share in zip((1, 2, 4), most, strict=False))
     most_works = (4 * Z + segments, 2 * Z + segments, Z + segments)[:levels]
     return ReaderIndex(entry, work, work_offset, level, most_works, 4 * Z + int(excess * segments) + 1)
