@@ -34,7 +34,7 @@ def repeated(q, k):
 CASES = {
     # name: document lengths per row, H, K, D, spec, change of the inputs
     "documents around chunks": ([[1, 15, 400, 8]], 2, 1, 16, SparseSpec(16, 3), plain),
-    "forced blocks, two groups": ([[400]], 4, 2, 16, SparseSpec(16, 6, first_blocks=1, local_blocks=2), plain),
+    "forced blocks, two groups": ([[300]], 4, 2, 16, SparseSpec(16, 6, first_blocks=1, local_blocks=2), plain),
     "hidden keys": ([[400]], 3, 1, 16, SparseSpec(16, 4), spikes),
     "overflow": ([[400]], 2, 1, 16, SparseSpec(16, 4), overflowing),
     "repeated keys in slabs": ([[400, 17]], 2, 1, 16, SparseSpec(16, 4), repeated),
@@ -51,6 +51,7 @@ def compare(name: str) -> None:
     expected = select_blocks(q, k, spec, layout, backend="reference")
     selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
     selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
+    selection.refine_config = lambda *_: (16, None)
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
     for tokens in (0, 1 << 30) if change is plain else (0,):

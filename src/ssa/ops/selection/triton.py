@@ -29,7 +29,9 @@ SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
 SLAB_INTEGERS = 5  # of a `_Slab` in `_slabs`
 COARSE_BLOCKS = 8  # blocks behind one key of a guess
-ONE_PASS_TOKENS = 65536  # longest document of a batch from which one pass is taken (docs/kernels.md)
+#: One pass is taken if the longest document of a batch has at least so many tokens, times S / G: it saves an exponential
+#: for every head and block, and costs a list for every row (docs/kernels.md).
+ONE_PASS_TOKENS = 32768
 
 
 class TileConfig(NamedTuple):
@@ -51,12 +53,10 @@ def lse_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileC
 
 
 @cache
-def score_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileConfig:
-    """As :func:`lse_config`. More blocks with a guess: fewer sums beside the scores."""
+def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
+    """As :func:`lse_config`."""
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 64, Launch(4, 2))
-    if guess:
-        return TileConfig(64, 128, Launch(4, 3, 168) if D <= 64 else Launch(4, 2))
     return TileConfig(64, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
@@ -139,9 +139,9 @@ class _Call:
         self.grid, self.starts = self.layout.block_grid(self.S, device), self.layout.starts(device)
         (self.q, self.q_stride), (self.k, self.k_stride) = rows(q), rows(k)
         self.DP, self.c, self.G = max(16, next_power_of_two(self.D)), scale * LOG2E, self.H // self.K
-        self.guess = not rule.official and self.layout.max_length >= ONE_PASS_TOKENS
+        self.guess = not rule.official and self.layout.max_length * self.G >= ONE_PASS_TOKENS * self.S
         where = capability(device.index)
-        self.first, self.tile = lse_config(self.D, where, self.guess), score_config(self.D, where, self.guess)
+        self.first, self.tile = lse_config(self.D, where, self.guess), score_config(self.D, where)
         assert self.first.tokens % self.tile.tokens == 0  # both agree on what `score_kernel` sums
         self.sizes = (self.D, self.DP, self.S)
         self.launch = Launcher(device, q.dtype, self.H, self.K, self.D, self.q_stride, self.k_stride)

@@ -10,9 +10,9 @@ The dot products are recomputed instead of storing a [T, H, blocks] tensor, and 
 * *two passes* over the blocks: L first, then the scores.
 * *one pass*: a guess L' of L from the mean key of every R blocks; then scores under the guess and, beside them, the
   sums which tell how wrong it was. With 2^(L - L') between lo and hi for the heads of a group, a block's true score
-  is its score under the guess divided by something between lo and hi. So every one of the k best has at least
-  lo/hi of the k-th best score under the guess, and ranking those few blocks by their true scores (`triton_topk.py`)
-  gives the same blocks as two passes. A bad guess makes that list longer, never wrong.
+  is its score under the guess divided by something between lo and hi. So if k blocks have a score under the guess
+  of at least x, then the k best have at least x lo/hi, and ranking the few blocks that have it by their true scores
+  (`triton_topk.py`) gives the same blocks as two passes. A bad guess makes that list longer, never wrong.
 
 Scores go to a slab that holds a bounded number of tokens; beside it the maximum of every CS blocks.
 
