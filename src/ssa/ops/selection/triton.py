@@ -29,8 +29,8 @@ SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
 SLAB_INTEGERS = 5  # of a `_Slab` in `_slabs`
 COARSE_BLOCKS = 8  # blocks behind one key of a guess
-#: One pass is taken if the longest document of a batch has at least so many tokens, times S / G: it saves an exponential
-#: for every head and block, and costs a list for every row (docs/kernels.md).
+#: One pass is taken if the longest document of a batch has at least so many tokens, times S / G: it saves an
+#: exponential for every head and block, and costs a list for every row (docs/kernels.md).
 ONE_PASS_TOKENS = 32768
 
 
