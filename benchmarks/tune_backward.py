@@ -16,32 +16,21 @@ from ssa.ops.triton_support import Launch
 
 # dk/dv of groups of 1, 2, 4 blocks: tokens per step, keys as rows or not, warps, stages, registers
 NARROW_READERS: tuple[tuple[tuple[int, ...], ...], ...] = (
-    ((4, 0, 4, 3), (4, 0, 4, 3, 80), (4, 0, 4, 2), (1, 1, 1, 3), (1, 1, 1, 3, 128), (2, 1, 1, 3)),
-    ((4, 0, 4, 3), (4, 0, 4, 2, 128), (1, 1, 1, 3), (2, 1, 2, 3)),
-    ((4, 0, 4, 3), (4, 1, 4, 3), (4, 1, 4, 2), (2, 1, 4, 3), (2, 1, 4, 4)),
+    ((4, 0, 4, 3), (4, 0, 4, 2)),
+    ((4, 0, 4, 3), (4, 0, 4, 2, 128)),
+    ((4, 1, 4, 3), (2, 1, 4, 4), (4, 0, 4, 3)),
 )
 WIDE_READERS: tuple[tuple[tuple[int, ...], ...], ...] = (
-    ((16, 0, 4, 2), (4, 1, 1, 2), (4, 1, 2, 3, 128)),
-    ((16, 0, 4, 2), (4, 1, 2, 2)),
-    ((16, 0, 4, 2), (8, 1, 4, 3), (8, 1, 4, 2)),
+    ((16, 0, 4, 2),),
+    ((16, 0, 4, 2),),
+    ((8, 1, 4, 3), (8, 1, 4, 2), (16, 0, 4, 2)),
 )
-NARROW_MIXED: tuple[tuple[tuple[int, ...], ...], ...] = (
-    ((4, 0, 4, 3), (4, 0, 4, 3), (4, 0, 4, 3)),
-    ((4, 0, 4, 3), (4, 0, 4, 3), (4, 1, 4, 3)),
-    ((4, 0, 4, 3), (4, 0, 4, 2, 128), (2, 1, 4, 3)),
-)
-WIDE_MIXED: tuple[tuple[tuple[int, ...], ...], ...] = (
-    ((16, 0, 4, 2), (16, 0, 4, 2), (16, 0, 4, 2)),
-    ((16, 0, 4, 2), (16, 0, 4, 2), (8, 1, 4, 3)),
-)
-COSTS = ((16, 29, 46), (16, 21, 31), (16, 21, 27), (16, 99, 30), (16, 22, 99))
+COSTS = ((16, 20, 29), (16, 22, 32), (16, 18, 26))
 # columns, warps, stages, registers
-NARROW_FORWARD: tuple[tuple[int, ...], ...] = ((64, 4, 2, 128), (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2), (32, 4, 3))
-WIDE_FORWARD: tuple[tuple[int, ...], ...] = ((32, 4, 3), (32, 4, 2), (32, 4, 3, 168), (32, 4, 4))
-NARROW_DQ: tuple[tuple[int, ...], ...] = (
-    (64, 4, 2, 128), (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 2), (32, 4, 3), (64, 4, 2, 160),
-)  # fmt: skip
-WIDE_DQ: tuple[tuple[int, ...], ...] = ((64, 4, 2), (32, 4, 2), (32, 4, 3), (32, 4, 2, 168))
+NARROW_FORWARD: tuple[tuple[int, ...], ...] = ((64, 4, 2, 128), (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 3, 80))
+WIDE_FORWARD: tuple[tuple[int, ...], ...] = ((32, 4, 3), (32, 4, 2), (32, 4, 3, 168))
+NARROW_DQ: tuple[tuple[int, ...], ...] = ((64, 4, 2, 128), (32, 4, 2, 96), (32, 4, 3, 96), (32, 4, 4, 96))
+WIDE_DQ: tuple[tuple[int, ...], ...] = ((64, 4, 2), (32, 4, 2, 168), (32, 4, 3, 168))
 
 
 def readers(level: int, tokens: int, keys_first: int, *how: int) -> Readers:
@@ -64,12 +53,9 @@ def variants(D: int) -> list[tune.Variant]:
         for plan in plans:
             cost = tuple(1 if i == level else 99 for i in range(3))
             found.append((f"dkv{1 << level}", f"{plan}", {"dkv": (readers(level, *plan),) * 3, "cost": cost}))
-    for i, mixed in enumerate(NARROW_MIXED if narrow else WIDE_MIXED):
-        for cost in COSTS:
-            for overlap in (False, True):
-                dkv = tuple(readers(level, *plan) for level, plan in enumerate(mixed))
-                label = f"{i} {cost}{' overlap' * overlap}"
-                found.append(("dkvmix", label, {"dkv": dkv, "cost": cost, "overlap": overlap}))
+    for cost in COSTS:
+        for overlap in (False, True):
+            found.append(("dkv", f"{cost}{' overlap' * overlap}", {"cost": cost, "overlap": overlap}))
     for segment in (128, 192):
         found.append(("segment", f"{segment}", {"segment": segment}))
     return found
