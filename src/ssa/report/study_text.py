@@ -149,4 +149,5 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _escape(cell: str) -> str:
     """Nothing of a result file may end a cell or become markup; our own line breaks and stars stay."""
-    return cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("&lt;br>", "<br>").replace("`", "'")
+    text = re.sub(r"<(?!br>)(?=\S)", "&lt;", cell)  # before a space it is no markup, and reads better
+    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")
