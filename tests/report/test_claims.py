@@ -157,6 +157,13 @@ def test_the_other_order_is_refuted(tmp_path, add):
     assert verdicts(read_study(tmp_path))["AttnSparsity, full inference: SSA > FullAttn > MoBA"] is Verdict.REFUTED
 
 
+def test_a_study_of_variants_alone_has_a_report(tmp_path, add):
+    add("sampled-8", 0, "fraction")
+    add("alpha-1", 0, "ablation")
+    write_study(read_study(tmp_path), tmp_path / "out")
+    assert "None of the four methods was trained." in (tmp_path / "out" / "claims.md").read_text()
+
+
 def test_a_fraction_is_no_worse_only_if_the_whole_interval_says_so(tmp_path, add):
     def worse(factor):
         return lambda document: [run.update(perplexity=run["perplexity"] * factor) for run in document["runs"]]

@@ -273,10 +273,14 @@ def _unstable(study: Study) -> list[Claim]:
         measured = (f"{diverged} of {len(pieces)} runs diverged",) if pieces else ()
         differences: list[str] = []
         if any(piece.run for piece in pieces):
-            both = (variant, "ssa")
-            sparsity = _means(study, both, measures.attention_sparsity, formats.share)
-            perplexity = _means(study, both, measures.full_perplexity, formats.perplexity)
-            differences += [f"AttnSparsity: {', '.join(sparsity)}", f"full PPL: {', '.join(perplexity)}"]
+            for name, measure, show in (
+                ("AttnSparsity", measures.attention_sparsity, formats.share),
+                ("full PPL", measures.full_perplexity, formats.perplexity),
+            ):
+                own, exact = study.values(variant, measure), study.values("ssa", measure)
+                same = interval([exact[seed] for seed in own if seed in exact])  # of the same seeds
+                here = show(interval([*own.values()]).mean)
+                differences.append(f"{name} {here}" + (f", SSA {show(same.mean)}" if same.count else ""))
         verdict = Verdict.MISSING if not pieces else Verdict.UNRESOLVED
         if pieces and diverged == len(pieces):
             verdict = Verdict.REPRODUCED

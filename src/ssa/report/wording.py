@@ -14,6 +14,8 @@ from ssa.report.table import budgets
 def statement(groups: Sequence[Group]) -> str:
     """What was measured, in one sentence."""
     evaluations = all_evaluations(groups)
+    if not groups:
+        return "None of the four methods was trained."
     if not evaluations:
         return f"The training of {formats.listed(group.label for group in groups)}; no evaluation is there yet."
     evaluated = [group for group in groups if group.evaluations]
