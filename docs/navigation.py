@@ -14,7 +14,15 @@ ORDER = {
         *("budgets.md", "guides/evaluation.md", "guides/benchmarks.md", "guides/reproduce.md", "guides/serving.md"),
     ],
     "Reference": ["reference/ops.md", "reference/model.md", "reference/train.md", "reference/evaluate.md"],
-    "Project": ["results.md", "experiments.md", "kernels.md", "full-stream.md", "decoding.md", "architecture.md"],
+    "Project": [
+        "results.md",
+        "claims.md",
+        "experiments.md",
+        "kernels.md",
+        "full-stream.md",
+        "decoding.md",
+        "architecture.md",
+    ],
 }
 
 
