@@ -1,6 +1,7 @@
 """Captured decode steps on a GPU: the same logits as eager steps, whatever happens to the cache in between.
 
-``python -m pytest tests/gpu/test_generation.py`` takes about a minute, most of it kernels being compiled.
+``python -m pytest tests/gpu/test_generation.py`` takes about a minute, most of it kernels being compiled. In float32,
+and with room for a few rows: random weights have many nearly equal blocks, and rounding decides which of two is chosen.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def model():
     for parameter in built.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.08)
-    return built.cuda().bfloat16().eval()
+    return built.cuda().eval()
 
 
 def prompt(batch=3, length=700):
@@ -54,26 +55,34 @@ def filled(model, ids, mask=None, capacity=1024):
 
 
 def relative(a, b):
-    return float((a.float() - b.float()).norm() / b.float().norm())
+    """Errors of the rows."""
+    return ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).flatten()
+
+
+def padding(padded):
+    return (torch.arange(700) >= torch.tensor([[0], [33], [190]])).long().cuda() if padded else None
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_equals_uncached(model, mode, padded):
-    ids = prompt()
-    mask = (torch.arange(700) >= torch.tensor([[0], [33], [190]])).long().cuda() if padded else None
+    """Every step after the same history, whose rows the pass before it wrote."""
+    ids, mask, errors = prompt(), padding(padded), []
     with torch.no_grad(), model.attention_mode(mode):
-        cache = filled(model, ids[:, :650], None if mask is None else mask[:, :650])
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(650, 700)]
-        expected = model(ids, attention_mask=mask).logits[:, 650:]
-    assert relative(torch.cat(steps, 1), expected) < 2e-2
+        for end in range(651, 701):
+            cache = BlockCache.from_config(model.config, 1024)
+            seen = None if mask is None else mask[:, :end]
+            expected = model(ids[:, :end], attention_mask=seen, past_key_values=cache, logits_to_keep=1).logits
+            cache.crop(-1)
+            errors.append(relative(model(ids[:, end - 1 : end], past_key_values=cache).logits, expected))
+    wrong = torch.cat(errors) > 1e-4
+    assert int(wrong.sum()) <= 3, torch.cat(errors)[wrong]
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_captured_steps_equal_eager_ones_through_every_change(model, padded):
     """Steps, rollback, another mode, another budget, reordered sequences, a chunk in between."""
-    ids = prompt()
-    mask = (torch.arange(700) >= torch.tensor([[0], [33], [190]])).long().cuda() if padded else None
+    ids, mask = prompt(), padding(padded)
     eager, captured = filled(model, ids, mask), filled(model, ids, mask)
     new = prompt(3, 60)
 
@@ -81,7 +90,7 @@ def test_captured_steps_equal_eager_ones_through_every_change(model, padded):
         with torch.no_grad(), model.attention_mode(**options):
             expected = model(new[:, at : at + 1], past_key_values=eager).logits
             got = graph_of(model, captured).step(new[:, at : at + 1])
-        assert relative(got, expected) < 1e-2, (at, options)
+        assert float(relative(got, expected).max()) < 1e-5, (at, options)  # the same kernels
         assert eager.get_seq_length() == captured.get_seq_length() == int(captured.positions.lengths[0])
 
     for at in range(20):
@@ -103,7 +112,7 @@ def test_captured_steps_equal_eager_ones_through_every_change(model, padded):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 300}], ids=str)
 def test_generate_with_captured_steps(model, mode, options):
-    """What captured steps chose has the largest logit of an uncached pass, up to bf16's rounding."""
+    """What captured steps chose has the largest logit of an uncached pass, up to rounding, in all but a few rows."""
     ids = prompt()
     given = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 511}
     cache = BlockCache.from_config(model.config, 800)
@@ -113,4 +122,5 @@ def test_generate_with_captured_steps(model, mode, options):
     assert cache.graphs
     assert out.shape == (3, 740)
     chosen = logits.gather(-1, out[:, 700:, None])[..., 0]
-    assert float((logits[..., :511].amax(-1) - chosen).max()) < 0.05 * float(logits.abs().max())
+    missed = logits[..., :511].amax(-1) - chosen > 1e-3 * float(logits.abs().max())
+    assert float(missed.float().mean()) < 0.05, missed.nonzero().tolist()

