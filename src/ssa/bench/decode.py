@@ -39,13 +39,16 @@ DESIGNS: dict[str, dict[str, dict[str, object]]] = {
         "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
         "summed and searched": {"TILES": 0},
     },
-    "1b_64k_b16": {"summed and searched": {"TILES": 0}},
+    "1b_64k_b16": {"listed and merged": {"TILES": 1 << 20}},
     "1b_128k_b32": {
         "keys through the pipeline": {"STREAM": False},
         "dependent launch": {"DEPENDENT_ALWAYS": True},
         "listed and merged": {"TILES": 1 << 20},
     },
-    "8b_128k_b1": {"four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None}},
+    "8b_128k_b1": {
+        "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
+        "summed and searched": {"TILES": 0},
+    },
 }
 
 

@@ -208,7 +208,7 @@ def check(model: SSAForCausalLM, prompt: int = 600, steps: int = 10) -> Errors:
         for mode in MODES:
             errors |= {f"{mode} {name}": x for name, x in _compared(model, ids, steps, mode).items()}
     finally:
-        model.to(dtype)  # exact: every weight came from there
+        torch.nn.Module.to(model, dtype)  # exact: every weight came from there
     return errors
 
 
