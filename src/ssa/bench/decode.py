@@ -318,7 +318,8 @@ def one_line(case: Record) -> str:
     name = f"{case['workload']['name']}: {case['kind']} [{case['backend']}]"
     if case["status"] != "ok":
         return f"{name}: {case['status'].upper()}, {case['reason']}"
-    return f"{name}: {1e3 * case['ms']:.1f} us, {case['gigabytes_per_second']:.0f} GB/s, error {case['error']:.1e}"
+    speed = f"{1e3 * case['ms']:.1f} us, {case['gigabytes_per_second']:.0f} GB/s, error {case['error']:.1e}"
+    return f"{name}: {speed}" + "".join(f", {r['name'][:16]} {1e3 * r['ms']:.1f}" for r in case.get("kernels", ()))
 
 
 def table(result: dict[str, Any]) -> Any:
