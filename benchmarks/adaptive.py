@@ -1,11 +1,12 @@
 """Adaptive budgets against fixed ones on a trained model: perplexity and dropped mass at equal mean cost.
 
-    python benchmarks/adaptive.py RUN DATA --out OUT.json [--rows 16] [--seconds 55] [--device auto]
+    python benchmarks/adaptive.py RUN DATA --out OUT.json [--rows 16] [--seconds 55] [--coarse] [--device auto]
 
 For every fixed budget, and every limit of both flavours: perplexity, blocks per query, the true dropped mass (mean over
 heads, and of the worst head of a group), how often it exceeds the limit, per layer. Dropped mass is measured on the
 queries and keys that the run itself produces. A limit that its flavour exceeds although it is certified makes the exit
-code 1. With ``--seconds`` what would begin later is left out. ``docs/budgets.md`` discusses the result.
+code 1. With ``--seconds`` what would begin later is left out, and
+with ``--coarse`` two of three budgets and limits. ``docs/budgets.md`` discusses the result.
 """
 
 from __future__ import annotations
@@ -132,22 +133,26 @@ def at_equal_cost(fixed: list[dict[str, Any]], blocks: float, what: str) -> floa
     return None
 
 
-def evaluate(model: SSAForCausalLM, dataset: PackedDataset, rows: int, deadline: float = math.inf) -> dict[str, Any]:
+def evaluate(
+    model: SSAForCausalLM, dataset: PackedDataset, rows: int, deadline: float = math.inf, coarse: bool = False
+) -> dict[str, Any]:
     """Every fixed budget, both flavours, and the estimated flavour with the safety measured on other rows.
 
     Args:
         deadline: of ``time.monotonic``; no adaptive run begins after it.
+        coarse: leave out two of three budgets and limits.
     """
     S = model.config.block_size
     every = -(-dataset.row_length // S)
-    powers = [n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n < every]
+    powers = [n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n < every][:: 3 if coarse else 1]
     fixed = [{"num_blocks": n, **measure(model, dataset, rows, SparseSpec(S, n))} for n in (*powers, every)]
     half = PackedDataset(dataset.path, "train")  # the safety is fitted on text that the comparison does not see
     fitted = measure(model, half, max(2, rows // 2), SparseSpec(S, every, max_dropped_mass=0.1), calibrate=True)
     adaptive = []
-    flavours = (("estimated", 1.0), ("estimated", fitted["safety"]), ("certified", 1.0), ("per_block", 1.0))
+    flavours = (("per_block", 1.0), ("estimated", 1.0), ("estimated", fitted["safety"]), ("certified", 1.0))
     for flavour, safety in flavours:
-        for limit in BLOCK_LIMITS if flavour == "per_block" else LIMITS:
+        limits = BLOCK_LIMITS if flavour == "per_block" else LIMITS
+        for limit in limits[1::3] if coarse else limits:
             if time.monotonic() > deadline:
                 continue
             spec = SparseSpec(S, every, max_dropped_mass=limit, flavour=flavour, safety=safety)  # type: ignore[arg-type]
@@ -179,18 +184,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--coarse", action="store_true")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     deadline = time.monotonic() + given.seconds
     device = default_device(given.device)
     model, dataset = load_model(given.model).to(device).eval(), PackedDataset(given.data, "valid")
     shown = f"python benchmarks/adaptive.py {given.model.name} {given.data.name} --rows {given.rows}"
+    shown += " --coarse" * given.coarse
     result = {
         "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "command": shown,
         "commit": commit(), "machine": machine(),
         "model": {"name": given.model.name, "method": model.config.method, "block_size": model.config.block_size},
         "data": {"rows": given.rows, "row_length": dataset.row_length},
-        **evaluate(model, dataset, given.rows, deadline),
+        **evaluate(model, dataset, given.rows, deadline, given.coarse),
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
