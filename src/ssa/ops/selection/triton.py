@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,9 @@ from ssa.ops.triton_support import (
 
 SLAB_ELEMENTS = 1 << 27  # float32 scores held at a time: 512 MiB
 GRID_LIMIT = 65535  # largest second or third dimension of a CUDA grid
-SLAB_INTEGERS = 5  # of a `_Slab` in `_slabs`
 COARSE_BLOCKS = 8  # blocks behind one key of a guess
-#: One pass is taken if the longest document of a batch has at least so many tokens, times S / G: it saves an
-#: exponential for every head and block, and costs a list for every row (docs/kernels.md).
+#: Documents of so many tokens, times S / G, are selected in one pass: it saves an exponential for every head and block,
+#: and costs a list for every row (docs/kernels.md). By document, so that a packed one gets the bits of a separate one.
 ONE_PASS_TOKENS = 32768
 
 
@@ -108,23 +108,47 @@ def select_blocks(q: Tensor, k: Tensor, spec: SparseSpec, layout: DocumentLayout
     )
 
 
-@lru_cache(maxsize=64)
-def _slabs(layout: DocumentLayout, S: int, K: int, config: TileConfig) -> tuple[int, ...]:
-    """The batch cut into slabs: per slab its first tile, tiles, first row, rows, and blocks that its rows may see.
+class _Run(NamedTuple):
+    """Neighbouring documents that are selected alike, as flat rows."""
 
-    The first integer is the width NC of the slab, a multiple of the block tile.
-    """
-    start = layout.block_grid(config.tokens).block_start.long()
+    row: int
+    end: int
+    guess: bool
+
+
+@lru_cache(maxsize=64)
+def _runs(layout: DocumentLayout, long: int) -> tuple[_Run, ...]:
+    """The batch cut where documents of at least ``long`` tokens, which take one pass, meet shorter ones."""
+    runs, row = [], 0
+    for guess, lengths in groupby(layout.lengths, lambda n: n >= long):
+        end = row + sum(lengths)
+        runs.append(_Run(row, end, guess))
+        row = end
+    return tuple(runs)
+
+
+@lru_cache(maxsize=64)
+def _tiles(layout: DocumentLayout, tokens: int, run: _Run) -> tuple[int, int]:
+    """A run's first tile of ``tokens``, and how many it has."""
+    start = layout.block_grid(tokens).block_start
+    first, after = torch.searchsorted(start, torch.tensor([run.row, run.end], dtype=start.dtype)).tolist()
+    return first, after - first
+
+
+@lru_cache(maxsize=64)
+def _slabs(layout: DocumentLayout, S: int, K: int, width: int, tokens: int, run: _Run) -> tuple[_Slab, ...]:
+    """A run cut into slabs of at most ``SLAB_ELEMENTS`` scores, ``width`` for each row and KV head."""
+    start = layout.block_grid(tokens).block_start.long()
     first_row, end_row = start[:-1], start[1:]
     seen = (end_row - layout.starts().view(-1)[first_row] + S - 1) // S  # blocks up to each tile's last token
-    width = ceil_div(layout.max_length, S * config.blocks) * config.blocks
-    rows_at_most = max(config.tokens, SLAB_ELEMENTS // (K * width))
-    plan, tile, tiles = [width], 0, len(first_row)
-    while tile < tiles:
+    rows_at_most = max(tokens, SLAB_ELEMENTS // (K * width))
+    tile, tiles = _tiles(layout, tokens, run)
+    plan, last = [], tile + tiles
+    while tile < last:
         row = int(first_row[tile])
         after = int(torch.searchsorted(end_row, row + rows_at_most, right=True))
-        after = min(max(after, tile + 1), tile + GRID_LIMIT)
-        plan += [tile, after - tile, row, int(end_row[after - 1]) - row, int(seen[tile:after].max())]
+        after = min(max(after, tile + 1), tile + GRID_LIMIT, last)
+        plan.append(_Slab(tile, after - tile, row, int(end_row[after - 1]) - row, int(seen[tile:after].max())))
         tile = after
     return tuple(plan)
 
@@ -139,10 +163,10 @@ class _Call:
         self.grid, self.starts = self.layout.block_grid(self.S, device), self.layout.starts(device)
         (self.q, self.q_stride), (self.k, self.k_stride) = rows(q), rows(k)
         self.DP, self.c, self.G = max(16, next_power_of_two(self.D)), scale * LOG2E, self.H // self.K
-        self.guess = not rule.official and self.layout.max_length * self.G >= ONE_PASS_TOKENS * self.S
-        where = capability(device.index)
-        self.first, self.tile = lse_config(self.D, where, self.guess), score_config(self.D, where)
-        assert self.first.tokens % self.tile.tokens == 0  # both agree on what `score_kernel` sums
+        long = ceil_div(ONE_PASS_TOKENS * self.S, self.G)
+        self.runs = _runs(self.layout, self.layout.max_length + 1 if rule.official else long)
+        self.where = capability(device.index)
+        self.tile = score_config(self.D, self.where)
         self.sizes = (self.D, self.DP, self.S)
         self.launch = Launcher(device, q.dtype, self.H, self.K, self.D, self.q_stride, self.k_stride)
         self.out = torch.empty(B, T, self.K, rule.num_blocks, dtype=torch.int32, device=device)
@@ -152,24 +176,33 @@ class _Call:
 
     def select(self) -> Tensor:
         """All launches; int32 ``[B, T, K, num_blocks]``."""
+        device, tile = self.q.device, self.tile
         self.pool()
-        self.log_sums()
-        slabs = _slabs(self.layout, self.S, self.K, self.tile)
-        self.width, self.chunk = slabs[0], chunk_blocks(slabs[0], self.S, self.rule.official)
-        plans = [_Slab(*slabs[i : i + SLAB_INTEGERS]) for i in range(1, len(slabs), SLAB_INTEGERS)]
-        self.rows_held = max(slab.rows for slab in plans)
-        self.tile_start = self.layout.block_grid(self.tile.tokens, self.q.device).block_start
-        self.score = self.floats(self.rows_held, self.K, self.width)
-        self.chunk_max = torch.empty(
-            self.rows_held, self.K, self.width // self.chunk, dtype=torch.int32, device=self.q.device
-        )
-        self.part = self.lse  # unused without a guess
-        if self.guess:
-            self.part = self.floats(self.width // self.tile.blocks, self.H, self.rows_held)
-            self.true_lse, self.off = self.floats(2, self.rows_held, self.H)
-        for slab in plans:
-            self.scores(slab)
-            (self.refine if self.guess else self.choose)(slab)
+        self.lse = self.floats(self.H, self.N)
+        self.width = ceil_div(self.layout.max_length, self.S * tile.blocks) * tile.blocks
+        self.chunk = chunk_blocks(self.width, self.S, self.rule.official)
+        slabs = {run: _slabs(self.layout, self.S, self.K, self.width, tile.tokens, run) for run in self.runs}
+        self.held = max(slab.rows for plan in slabs.values() for slab in plan)
+        self.score = self.floats(self.held, self.K, self.width)
+        self.chunk_max = torch.empty(self.held, self.K, self.width // self.chunk, dtype=torch.int32, device=device)
+        self.edge = self.part = self.lse  # unused without a guess
+        if any(run.guess for run in self.runs):
+            self.edge, self.part = (
+                self.floats(self.H, self.N),
+                self.floats(self.width // tile.blocks, self.H, self.held),
+            )
+            self.true_lse, self.off = self.floats(2, self.held, self.H)
+        self.tile_start = self.layout.block_grid(tile.tokens, device).block_start
+        for run, plan in slabs.items():
+            first = lse_config(self.D, self.where, run.guess)
+            assert first.tokens % tile.tokens == 0  # both agree on what `score_kernel` sums
+            self.log_sums(run, first)
+            for slab in plan:
+                self.scores(slab, first.tokens, run.guess)
+                if run.guess:
+                    self.refine(slab, first.tokens)
+                else:
+                    self.choose(slab)
         return self.out
 
     def pool(self) -> None:
@@ -185,30 +218,27 @@ class _Call:
         )  # fmt: skip
         self.launch(pool_kernel, (grid.num_blocks, self.K, 1), arguments, (*self.sizes, COARSE_BLOCKS), Launch(4))
 
-    def log_sums(self) -> None:
-        """L of every query and head, or a guess of it."""
-        device, first = self.q.device, self.first
-        tile_start = self.layout.block_grid(first.tokens, device).block_start
-        first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, device).first_block
-        tiles = tile_start.numel() - 1
-        self.lse = self.floats(self.H, self.N)
-        self.edge = self.floats(self.H, self.N) if self.guess else self.lse  # else unused
+    def log_sums(self, run: _Run, first: TileConfig) -> None:
+        """L of every query and head of a run, or a guess of it."""
+        tile_start = self.layout.block_grid(first.tokens, self.q.device).block_start
+        first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, self.q.device).first_block
+        tile, tiles = _tiles(self.layout, first.tokens, run)
         arguments = (
             self.q, self.pooled, self.coarse, self.lse, self.edge, tile_start, self.starts, self.grid.first_block,
-            first_chunk, tiles, *self.q_stride, self.N, self.K, self.c, self.G,
+            first_chunk, tile, tiles, *self.q_stride, self.N, self.K, self.c, self.G,
         )  # fmt: skip
-        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, self.guess, self.tile.blocks)
+        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, run.guess, self.tile.blocks)
         self.launch(lse_kernel, (tiles, self.H, 1), arguments, constants, first.how)
 
-    def scores(self, slab: _Slab) -> None:
-        """Scores, their maxima by chunk and, with a guess, their sums by tile."""
+    def scores(self, slab: _Slab, tokens: int, guess: bool) -> None:
+        """Scores, their maxima by chunk and, with a guess, their sums by tile; ``tokens`` of a tile of L."""
         tile, rule = self.tile, self.rule
         arguments = (
             self.q, self.pooled, self.lse, self.score, self.chunk_max, self.part, self.tile_start, self.starts,
-            self.grid.first_block, slab.tile, slab.tiles, slab.row, self.rows_held, *self.q_stride, self.N, self.K,
+            self.grid.first_block, slab.tile, slab.tiles, slab.row, self.held, *self.q_stride, self.N, self.K,
             self.width, self.c, rule.first_blocks, rule.local_blocks, self.G,
         )  # fmt: skip
-        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, self.first.tokens, self.guess)
+        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, tokens, guess)
         self.launch(
             score_kernel, (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K), arguments, constants, tile.how
         )
@@ -232,14 +262,14 @@ class _Call:
         kernel = select_official_kernel if rule.official else select_kernel
         self.launch(kernel, (slab.rows, self.K, 1), arguments, (self.S, *constants), Launch(warps))
 
-    def refine(self, slab: _Slab) -> None:
+    def refine(self, slab: _Slab, tokens: int) -> None:
         """Top-k of scores under a guess: true L, then what may be among the best again."""
         tile, rule, (constants, warps) = self.tile, self.rule, self.top(slab)
         arguments: tuple[Any, ...] = (
             self.q, self.pooled, self.lse, self.edge, self.part, self.true_lse, self.off, self.tile_start, self.starts,
-            self.grid.first_block, slab.tile, slab.row, self.rows_held, *self.q_stride, self.N, self.K, self.c, self.G,
+            self.grid.first_block, slab.tile, slab.row, self.held, *self.q_stride, self.N, self.K, self.c, self.G,
         )  # fmt: skip
-        tiles = (*self.sizes, tile.tokens, tile.blocks, self.first.tokens)
+        tiles = (*self.sizes, tile.tokens, tile.blocks, tokens)
         self.launch(normalise_kernel, (slab.tiles, self.H, 1), arguments, tiles, Launch(4))
         arguments = (
             self.q, self.pooled, self.true_lse, self.off, self.score, self.chunk_max, self.out, self.starts,

@@ -117,7 +117,7 @@ def _lse_with_maximum(q_td, keys, complete, most, stride, c, D: tl.constexpr, DP
     return top + tl.log2(l)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "N"])
+@triton.jit(do_not_specialize=["tile0", "num_tiles", "N"])
 def lse_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
@@ -128,6 +128,7 @@ def lse_kernel(
     starts_ptr,
     first_block_ptr,
     first_chunk_ptr,
+    tile0,
     num_tiles,
     q_row,
     q_head,
@@ -152,7 +153,7 @@ def lse_kernel(
     """
     head = tl.program_id(1)
     kv_head = head // G
-    tile = num_tiles - 1 - tl.program_id(0)
+    tile = tile0 + num_tiles - 1 - tl.program_id(0)
     row0, rows, position0, first_block = _tile(tile, tile_start_ptr, starts_ptr, first_block_ptr)
     t, d = tl.arange(0, BT), tl.arange(0, DP)
     row = row0.to(tl.int64) + t

@@ -67,19 +67,6 @@ def _largest(key, need, highest, least):
 
 
 @triton.jit
-def _best_chunks(chunk_row, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr):
-    """The maxima ``[NCH]`` of the chunks of ``[lo, hi)``, the first chunk, how many there are, the mask of the ``need``
-    best ones, and what one block of each of these reaches."""
-    first = lo // CS
-    chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
-    j = tl.arange(0, NCH)
-    largest = tl.load(chunk_row + first + j, mask=j < chunks, other=0)
-    highest = tl.max(largest)
-    chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
-    return largest, first, chunks, chosen, _least(tl.where(chosen, largest, 0), highest)
-
-
-@triton.jit
 def _best_of_chunks(
     score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
 ):
@@ -87,8 +74,14 @@ def _best_of_chunks(
 
     ``scratch`` has at least ``need`` integers that nobody else uses; it carries the chosen chunks across lanes.
     """
-    largest, first, chunks, chosen, reached = _best_chunks(chunk_max_ptr, lo, hi, need, NCH, CS)
-    tl.store(scratch + tl.cumsum(chosen.to(tl.int32)) - 1, first + tl.arange(0, NCH), mask=chosen)
+    first = lo // CS
+    chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
+    j = tl.arange(0, NCH)
+    largest = tl.load(chunk_max_ptr + first + j, mask=j < chunks, other=0)
+    highest = tl.max(largest)
+    chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
+    reached = _least(tl.where(chosen, largest, 0), highest)  # by one block of every chosen chunk
+    tl.store(scratch + tl.cumsum(chosen.to(tl.int32)) - 1, first + j, mask=chosen)
     tl.debug_barrier()
     e = tl.arange(0, KP * CS)
     listed = e // CS < tl.sum(chosen.to(tl.int32))
@@ -96,7 +89,6 @@ def _best_of_chunks(
     valid = listed & (block >= lo) & (block < hi)
     key = tl.where(valid, _key(tl.load(score_ptr + block, mask=valid, other=0.0)), 0)
     tl.debug_barrier()
-    highest = tl.max(largest)
     least = tl.where(chunks >= need, reached, tl.minimum(highest, 1))
     return block, key, _largest(key, tl.minimum(tl.maximum(hi - lo, 0), need), highest, least)
 
@@ -152,16 +144,17 @@ def _score_of(key):
 
 
 @triton.jit
-def _list_candidates(
-    score_row, chunk_row, largest, first, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
-):
+def _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr):
     """Write the blocks in ``[lo, hi)`` whose key reaches ``threshold`` over the row's scores, ascending; their number.
 
     The list of chunks that hold one goes over the row's chunk maxima. Both lists stay behind what is still to be read.
     """
-    holds = largest >= threshold  # at least 1: there is such a chunk
+    first = lo // CS
+    j = tl.arange(0, NCH)
+    largest = tl.load(chunk_row + first + j, mask=j < (hi - 1) // CS - first + 1, other=0)
+    holds = largest >= threshold
     tl.debug_barrier()
-    tl.store(chunk_row + tl.cumsum(holds.to(tl.int32)) - 1, first + tl.arange(0, NCH), mask=holds)
+    tl.store(chunk_row + tl.cumsum(holds.to(tl.int32)) - 1, first + j, mask=holds)
     tl.debug_barrier()
     listed, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
     e = tl.arange(0, KP * CS)
@@ -259,12 +252,12 @@ def refine_kernel(
     score_row, chunk_row = score_ptr + slab_row * NC, chunk_max_ptr + slab_row * NC // CS
     forced_first = tl.minimum(first_blocks, own + 1)
     lo, hi, need = first_blocks, own + 1 - local_blocks, k - first_blocks - local_blocks
-    slot = tl.arange(0, KP)
+    guessed, key, taken = _best_of_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
+    tl.debug_barrier()
     if (hi - lo <= need) | (need == 0):
-        _emit(out, forced_first, lo + slot, slot < tl.minimum(hi - lo, need), own, local_blocks, k, KP2)
+        _emit(out, forced_first, guessed, taken, own, local_blocks, k, KP2)
     else:
-        largest, first, chunks, _, reached = _best_chunks(chunk_row, lo, hi, need, NCH, CS)
-        g, d = tl.arange(0, GP), tl.arange(0, DP)
+        g, d, slot = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, KP)
         head = kv_head * G + g
         of_head = tl.program_id(0).to(tl.int64) * K * G + head
         lse_g = tl.load(lse_ptr + of_head, mask=g < G, other=float("inf"))
@@ -273,9 +266,9 @@ def refine_kernel(
         least_off = tl.min(tl.where(g < G, off_g, float("inf")))
         size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
         share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
-        score = tl.where(chunks >= need, _score_of(reached), 0.0)  # so many blocks have it
+        score = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF))
         threshold = _key(tl.where((most_off < float("inf")) & (score > TINY), score * share, 0.0))
-        found = _list_candidates(score_row, chunk_row, largest, first, lo, hi, threshold, NCH, CS, KP)
+        found = _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH, CS, KP)
         q_gd = tl.load(
             q_ptr + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :],
             mask=(g < G)[:, None] & (d < D)[None, :],
