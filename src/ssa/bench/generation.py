@@ -19,7 +19,7 @@ from torch import Tensor
 from ssa.bench.runner import Options, Record, kernels, milliseconds, one_line
 from ssa.bench.timing import Timing, measure
 from ssa.errors import InputError
-from ssa.model import SSAConfig, SSAForCausalLM, few
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.cache import BlockCache
 from ssa.model.graph import graph_of
 from ssa.ops import SparseSpec
@@ -145,10 +145,10 @@ def _run(model: SSAForCausalLM, errors: Errors | Exception, case: Case, options:
     for mode in MODES:
         try:
             with torch.no_grad(), model.attention_mode(mode):
-                timing, more = timed(options)
+                timing, stages = timed(options)
             yield {
                 "mode": mode, "status": "ok", "check": {"errors": {n: list(e) for n, e in errors.items()}},
-                "timing": asdict(timing), **more,
+                "timing": asdict(timing), "kernels": stages,
             }  # fmt: skip
         except Exception as error:
             yield {"mode": mode, **_failure(error)}
@@ -174,8 +174,6 @@ def _reported(records: list[Record], options: Options) -> list[Record]:
         if record["backend"] == "sparse" and mine and full:
             record["ratio"] = {"value": min(full)[0] / mine, "baseline": min(full)[1]}
         options.say(one_line(record) + _per_second(record))
-        if "modules_ms" in record:
-            options.say(f"    {record['modules_ms']:.3f} ms by modules, compiled around attention")
         for row in record.get("kernels", [])[:12]:
             options.say(f"    {row['ms']:.3f} ms in {row['calls']} x {row['name'][:90]}")
     return records
@@ -269,12 +267,11 @@ def compile_around_attention(model: SSAForCausalLM, step: Callable[[], Tensor]) 
         raise InputError("compiled layers", f"an error of {error:.1e}", f"at most {limit:.1e}")
 
 
-Timed = Callable[[Options], tuple[Timing, Record]]  # with more about a step
+Timed = Callable[[Options], tuple[Timing, list[Record]]]  # with the kernels of a step
 
 
 def decoding(model: SSAForCausalLM, case: Case) -> Timed:
-    """One greedy step of every sequence over one cache of random keys; on a GPU captured, by fused layers, and beside
-    that by compiled modules."""
+    """One greedy step of every sequence over one cache of random keys; on a GPU compiled and captured."""
     cache = random_cache(model, case)
     ids = torch.ones(case.batch, 1, dtype=torch.int64, device=model.device)
 
@@ -283,31 +280,15 @@ def decoding(model: SSAForCausalLM, case: Case) -> Timed:
         cache.crop(case.context)
         return logits
 
-    def timed(options: Options) -> tuple[Timing, Record]:
-        more: Record = {}
-        if options.device.type == "cuda":
-            more["modules_ms"] = _by_modules(model, cache, ids, step, options)
-            cache.crop(case.context)
+    def timed(options: Options) -> tuple[Timing, list[Record]]:
+        compile_around_attention(model, step)
         greedy = _greedy(model, cache, ids)
         timing = measure(greedy, options.device, 4 * options.budget_ms)
-        more["kernels"] = kernels(greedy, options.device)
+        stages = kernels(greedy, options.device)
         cache.crop(case.context)
-        return timing, more
+        return timing, stages
 
     return timed
-
-
-def _by_modules(
-    model: SSAForCausalLM, cache: BlockCache, ids: Tensor, step: Callable[[], Tensor], options: Options
-) -> float:
-    """Milliseconds of a captured step without fused layers, compiled around attention."""
-    few.ENABLED = False
-    try:
-        compile_around_attention(model, step)
-        return measure(_greedy(model, cache, ids), options.device, options.budget_ms).median
-    finally:
-        few.ENABLED = True
-        cache.graphs.clear()
 
 
 def _greedy(model: SSAForCausalLM, cache: BlockCache, ids: Tensor) -> Callable[[], object]:
@@ -332,7 +313,7 @@ def prefilling(model: SSAForCausalLM, case: Case) -> Timed:
     """A prompt into an empty cache, logits of its last token. On a GPU the layers are compiled around attention."""
     ids = torch.randint(model.config.vocab_size, (case.batch, case.context), device=model.device)
 
-    def timed(options: Options) -> tuple[Timing, Record]:
+    def timed(options: Options) -> tuple[Timing, list[Record]]:
         cache = BlockCache.from_config(model.config, case.context)
 
         def step() -> Tensor:
@@ -340,7 +321,7 @@ def prefilling(model: SSAForCausalLM, case: Case) -> Timed:
             return _logits(model(ids, past_key_values=cache, logits_to_keep=1))
 
         compile_around_attention(model, step)
-        return measure(step, options.device, options.budget_ms), {}
+        return measure(step, options.device, options.budget_ms), []
 
     return timed
 

@@ -123,24 +123,16 @@ class BlockLayer(CacheLayerMixin):
                 f"the cache's {tuple(self.k.shape[2:])}, {self.k.dtype}",
                 "the model that filled it, or a new cache",
             )
-        self.room()
-        if place.capacity is not None:  # a static cache: the place is read on the device, so that a graph may replay it
+        if place.rows is not None:  # a static cache: the place is read on the device, so that a graph may replay it
             self.k.index_copy_(1, place.rows, k.detach())
             self.v.index_copy_(1, place.rows, v.detach())
             return
-        rows = slice(place.length - new, place.length)
-        self.k[:, rows], self.v[:, rows] = k.detach(), v.detach()
-
-    def room(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, C, K, D]`` with the rows that ``positions.advance`` made room for."""
-        place = self.positions
-        assert self.k is not None
-        assert self.v is not None
-        if place.capacity is None and place.length > self.k.shape[1]:
+        if place.length > self.k.shape[1]:
             self.k, self.v = self._grown(self.k, place.length), self._grown(self.v, place.length)
             blocks = -(-self.k.shape[1] // self.block_size)
             self._means, self._bounds = tuple(_resized(x, blocks) for x in self._means), None
-        return self.k, self.v
+        rows = slice(place.length - new, place.length)
+        self.k[:, rows], self.v[:, rows] = k.detach(), v.detach()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, for ``[B, K, N, D]`` (transformers' order)."""

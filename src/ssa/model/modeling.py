@@ -26,9 +26,9 @@ from ssa.errors import InputError
 from ssa.model.cache import BlockCache
 from ssa.model.cached import advance, attend, attend_nsa, open_cache, prefill
 from ssa.model.configuration import SSAConfig
-from ssa.model.few import few_logits, fused_layer
 from ssa.model.generation import SSAGenerationMixin
 from ssa.model.inputs import resolve_documents
+from ssa.model.linear import linear
 from ssa.model.modes import AttentionModes, Observer
 from ssa.model.regions import LayerOfRegions, after_attention, before_attention, project_all
 from ssa.ops import (
@@ -195,8 +195,6 @@ class SSADecoderLayer(LayerOfRegions):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Alignment | None]:
         """``x [B, T, C]`` -> ``[B, T, C]`` and the alignment, which a checkpointed layer returns exactly too."""
-        if call.cache is not None and (fused := fused_layer(self, x, rope, call)) is not None:
-            return fused, None
         q, k, v, gate = self.run(before_attention, x, *rope)
         out, gate, alignment = self.self_attn(q, k, v, gate, call)
         return self.run(after_attention, x, out, gate), alignment
@@ -316,7 +314,7 @@ class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
         if labels is not None and labels.shape != hidden.shape[:2]:
             raise InputError("labels", f"shape {tuple(labels.shape)}", f"the logits' {tuple(hidden.shape[:2])}")
         skips = labels is not None and (self.training if skip_logits is None else skip_logits)
-        output = SSAOutput(logits=None if skips else few_logits(self.lm_head, hidden), cache=held)
+        output = SSAOutput(logits=None if skips else linear(self.lm_head, hidden), cache=held)
         if labels is not None and layout is not None:
             targets = layout.next_token_labels(labels)
             self._cross_entropy(output, hidden, targets, num_items_in_batch)

@@ -27,7 +27,7 @@ class Positions:
         length: filled rows; first: the smallest start; begun: whether each sequence has had a token.
         lengths: int32 ``[B]``, ``length`` on the device; changed in place only.
         starts: int32 ``[B]``, each sequence's first real row, None where nothing is padded.
-        new: tokens of the last step.
+        rows: int64 ``[N]``, where the newest tokens are written in a static cache.
     """
 
     capacity: int | None
@@ -36,16 +36,7 @@ class Positions:
     begun: bool = True
     lengths: Tensor | None = None
     starts: Tensor | None = None
-    new: int = 0
-    _rows: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        """int64 ``[N]``, where the newest tokens are written; read on the device, computed once per step."""
-        assert self.lengths is not None
-        if self._rows is None:
-            self._rows = self.lengths[0].long() - self.new + torch.arange(self.new, device=self.lengths.device)
-        return self._rows
+    rows: Tensor | None = None
 
     def advance(self, batch: int, new: int, device: torch.device) -> None:
         """Make room for ``new`` tokens of each sequence. Their rows hold nothing yet."""
@@ -67,7 +58,8 @@ class Positions:
             )
         self.length += new
         self.lengths.add_(new)
-        self.new, self._rows = new, None
+        if self.capacity is not None:
+            self.rows = self.lengths[0].long() - new + torch.arange(new, device=device)
 
     def places(self, new: int) -> Tensor:
         """Place of each of the newest tokens in its sequence (RoPE positions), int64 ``[B, new]``; 0 in the padding."""

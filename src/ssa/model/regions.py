@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ssa.model.linear import linear, swiglu
+
 if TYPE_CHECKING:
     from ssa.model.modeling import SSADecoderLayer
 
@@ -35,8 +37,8 @@ def after_attention(layer: SSADecoderLayer, x: Tensor, out: Tensor, gate: Tensor
     """Gate (where ``out [B, T, H, D]`` still lacks it), output projection, SwiGLU, both residuals: ``[B, T, C]``."""
     if gate is not None:
         out = out * gate[..., None].to(out.dtype)
-    x = x + layer.self_attn.o_proj(out.flatten(2))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    x = x + linear(layer.self_attn.o_proj, out.flatten(2))
+    return x + swiglu(layer.mlp, layer.post_attention_layernorm(x))
 
 
 def project_all(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -46,7 +48,7 @@ def project_all(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """
     plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
     if not (plain and torch.compiler.is_compiling() and torch.is_grad_enabled()):
-        return [module(x) for module in modules]
+        return [linear(module, x) for module in modules]
     weights = [cast("Tensor", module.weight) for module in modules]
     return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
 

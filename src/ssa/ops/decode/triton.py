@@ -77,7 +77,7 @@ def _processors(index: int | None) -> int:
 
 
 @cache
-def dependent_launch(index: int | None) -> dict[str, Any]:
+def _dependent(index: int | None) -> dict[str, Any]:
     """Launch options of programmatic dependent launch; none where it is not available."""
     available = torch.cuda.is_available() and capability(index)[0] >= 9 and os.environ.get("TRITON_INTERPRET") != "1"
     gdc = getattr(getattr(tl.extra, "cuda", None), "gdc_wait", None)
@@ -134,7 +134,7 @@ def _attention(
 
 def forget_launches() -> None:
     """The constants of this module have changed."""
-    for remembered in (dependent_launch, _selection, _attention):
+    for remembered in (_dependent, _selection, _attention):
         remembered.cache_clear()
 
 
@@ -169,7 +169,7 @@ def _select(
     given, first = starts is not None, lengths if starts is None else starts
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
-    pdl = dependent_launch(device.index) if x.few or DEPENDENT_ALWAYS else {}
+    pdl = _dependent(device.index) if x.few or DEPENDENT_ALWAYS else {}
     forced = spec.first_blocks, spec.local_blocks
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
@@ -223,7 +223,7 @@ def _attend(
     if x.splits > 1:
         part = torch.empty(B, N, H, x.splits, D, dtype=torch.float32, device=device)
         part_lse = torch.empty(B, N, H, x.splits, dtype=torch.float32, device=device)
-    tiles, pdl = ceil_div(N, x.TT), dependent_launch(device.index)
+    tiles, pdl = ceil_div(N, x.TT), _dependent(device.index)
     attend_kernel[(B * tiles * K * x.splits,)](
         q, k, v, lengths if indices is None else indices.contiguous(), lengths, lengths if starts is None else starts,
         part, part_lse, tiles, N, K, H // K, x.splits, slots, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -349,7 +349,7 @@ def _decode(
 def _update_op(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Tensor | None, S: int) -> None:
     if pooled.stride(3) != 1:
         raise RuntimeError("update_pooled: the head dimension of `pooled` must be contiguous")
-    k, D, pdl = _dense(k), k.shape[3], dependent_launch(k.device.index)
+    k, D, pdl = _dense(k), k.shape[3], _dependent(k.device.index)
     pool_new_kernel[(ceil_div(new, S), k.shape[0] * k.shape[2])](
         k, pooled, lengths, lengths if starts is None else starts, new, k.shape[2], *k.stride()[:3],
         *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, bool(pdl), num_warps=1, **pdl,
