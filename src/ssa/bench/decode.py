@@ -41,7 +41,6 @@ DESIGNS: dict[str, dict[str, dict[str, object]]] = {
     },
     "1b_64k_b16": {"listed and merged": {"TILES": 1 << 20}},
     "1b_128k_b32": {
-        "keys through the pipeline": {"STREAM": False},
         "dependent launch": {"DEPENDENT_ALWAYS": True},
         "listed and merged": {"TILES": 1 << 20},
     },

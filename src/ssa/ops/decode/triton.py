@@ -35,7 +35,6 @@ TILE_BYTES = 16384  # of one tile of keys
 CHOOSE_WARPS, CHOOSE_REGISTERS = 8, 128  # two programs a processor
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
-STREAM = True  # keys of large batches past the L2 cache
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
@@ -55,7 +54,6 @@ class _Selection(NamedTuple):
     KP: int
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
-    stages: int  # of score_kernel
     few: bool  # by choose_kernel
     lists: int  # NL
 
@@ -102,9 +100,7 @@ def _selection(
     rows, processors, tiles = slab * K, _processors(index), width // BN
     scored = width // SCORES  # tiles
     few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
-    # many logits stay in the L2 cache if the keys pass it by, which they cannot do through the compiler's pipeline
-    stages = 1 if STREAM and not few and D * itemsize <= 16 * (H // K) else 3
-    splits = max(1, min(tiles, (6 if stages == 1 else 4) * processors // rows, 1024 // GP))
+    splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
     if few:
         parts = max(1, min(scored, 2 * processors // rows))
         BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
@@ -116,7 +112,7 @@ def _selection(
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
     lists = max(KP, 16, next_power_of_two(scored))
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, stages, few, lists)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists)
 
 
 @lru_cache(maxsize=256)
@@ -176,7 +172,7 @@ def _select(
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
             *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),
-            num_warps=4, num_stages=x.stages, **pdl,
+            num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
             choose_kernel[(rows * K * x.parts,)](
