@@ -44,7 +44,7 @@ from ssa.train.recipe_file import dump_recipe, load_recipe
 
 LOSS_FLOOR, NORM_FLOOR = 2e-3, 1e-2  # relative; bfloat16 sums in another order. The limit of losses and gradient
 # norms is this, or 3 times what splitting a step differently on one GPU changes
-END_LIMIT = 60.0  # seconds in which a killed rank must have ended the others
+END_LIMIT = 60.0  # seconds in which a killed rank must have ended the others; more than the run's timeout
 ROOMY = 120.0  # GiB of a GPU on which all runs of the equality fit at the same time
 Add = Callable[[dict[str, Any]], None]  # takes a record, and writes all of them
 
@@ -114,13 +114,15 @@ def killing(setting: Setting, add: Add) -> None:
     ranks = [([sys.executable, *train], {**common, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
     job = Job(setting, "killed", ranks)  # without a launcher, which would end the other rank itself
     record: dict[str, Any] = {"part": "kill", "ended": False, "resumed": False}
-    while len(recorded(run)) < 7 and setting.left() > 0 and all(p.poll() is None for p in job.processes):
+    while job.whole and len(recorded(run)) < 7 and setting.left() > END_LIMIT:
         time.sleep(0.2)
-    if len(recorded(run)) >= 7:
+    if job.whole and setting.left() <= END_LIMIT:  # proves nothing
+        record |= {"ended": None, "resumed": None, "message": "not enough time left"}
+    elif len(recorded(run)) >= 7:
         job.processes[1].kill()
         start = time.monotonic()
         try:
-            record["code"] = job.processes[0].wait(min(END_LIMIT, max(0.0, setting.left())))
+            record["code"] = job.processes[0].wait(END_LIMIT)
             record |= {"ended": True, "seconds": time.monotonic() - start, "message": job.said("ssa train: rank 0")}
         except subprocess.TimeoutExpired:
             record["message"] = "rank 0 did not end"
@@ -130,7 +132,8 @@ def killing(setting: Setting, add: Add) -> None:
     last = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
     if record["ended"] and last:
         again = Job(setting, "killed-resumed", torchrun(2, *train, "--resume", "--training.steps", str(last + 3)))
-        record |= {"resumed": again.wait(90.0) and last + 3 in recorded(run), "from_step": last}
+        done = again.wait(90.0) and last + 3 in recorded(run)
+        record |= {"resumed": done or (None if setting.left() <= 0 else False), "from_step": last}
     add(record)
 
 
@@ -278,8 +281,8 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         elif r["part"] == "resume":
             yield f"resume    on {r['processes']}: equal {r['equal']}, apart {r.get('apart')}"
         elif r["part"] == "kill":
-            ended = f"rank 0 ended {r['ended']} after {r.get('seconds', 0):.1f} s, code {r.get('code')}"
-            yield f"kill      {ended}, resumed {r['resumed']}: {r['message']}"
+            ended = f"rank 0 ended {r['ended']} after {r.get('seconds', 0):.1f} s, code {r.get('code')}, "
+            yield f"kill      {ended if 'code' in r else ''}resumed {r['resumed']}: {r['message']}"
         else:
             yield f"{r['part']}: {r['reason']}"
 

@@ -110,6 +110,11 @@ class Job:
         """Whether a process of it still runs."""
         return any(process.poll() is None for process in self.processes)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all processes of it still run."""
+        return all(process.poll() is None for process in self.processes)
+
     def wait(self, limit: float) -> bool:
         """True if all ended with 0 in time."""
         end = time.monotonic() + max(0.0, min(limit, self.setting.left()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -194,6 +195,24 @@ def test_a_rank_that_waits_for_its_device_ends_when_another_is_killed(data: Path
     assert codes == [7, KILLED], log_of(run)
     assert time.monotonic() - begin < 40
     assert "ssa train: rank 0: step 1: got no answer from rank 1 of 2" in log_of(run)
+
+
+def test_a_rank_that_holds_the_lock_ends_when_another_is_killed(data: Path, tmp_path: Path) -> None:
+    def wait(me: int) -> None:
+        lifeline.LEAST_SECONDS = 2.0
+
+        def waiting(*arguments: Any) -> Any:
+            ctypes.PyDLL(None).sleep(50)  # unlike time.sleep with the interpreter's lock: no thread of Python runs
+
+        if me == 0:
+            loop.accumulate_gradients = waiting
+
+    run, begin = tmp_path / "run", time.monotonic()
+    environs = {1: {VARIABLE: "step@1"}}
+    codes = train_on(2, data, run, prepare=wait, environs=environs, training__timeout_seconds=2, **RECIPE)
+    assert codes == [1, KILLED], log_of(run)
+    assert time.monotonic() - begin < 40
+    assert "in waiting" in log_of(run)
 
 
 def test_a_stopped_rank_is_given_up_and_named(data: Path, tmp_path: Path) -> None:

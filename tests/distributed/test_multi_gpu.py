@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_what_was_found_is_written_before_a_part_breaks(tmp_path: Path, monkeypa
     report = multi_gpu.Report(setting, {"suite": "multi-gpu"})
     multi_gpu.run_parts(setting, ["resuming"], report.add)
     assert [r["equal"] for r in report.records] == [True, False]
+
+
+def test_a_killed_rank_without_time_to_end_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Running:
+        whole, processes = True, ()
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(multi_gpu, "Job", Running)
+    records: list[dict[str, Any]] = []
+    multi_gpu.killing(Setting(tmp_path, tmp_path, True, time.monotonic() + multi_gpu.END_LIMIT - 1.0), records.append)
+    assert [(r["ended"], r["resumed"]) for r in records] == [(None, None)]
+    assert list(multi_gpu.lines(records)) == ["kill      resumed None: not enough time left"]
 
 
 def test_a_stopped_job_leaves_no_process(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ class Ranks:
         self._where: Callable[[], str] = lambda: "start"
         if self.world.size > 1:
             self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self._lifeline = Lifeline(self.world.rank, self.world.size, lambda e: self._diagnose(self._where(), e))
+            rank, size = self.world.rank, self.world.size
+            self._lifeline = Lifeline(rank, size, timeout, lambda e: self._diagnose(self._where(), e))
 
     def close(self) -> None:
         """End the run in good order; every rank must have got here."""
