@@ -79,7 +79,9 @@ def resuming(setting: Setting, add: Add) -> None:
     whole = recorded(setting.runs / "saved")
     if not start.is_dir():
         for size in (2, 1):
-            add({"part": "resume", "processes": size, "equal": False, "reason": "no checkpoint"})
+            late = setting.left() <= 0  # which proves nothing
+            reason = "not enough time left" if late else "no checkpoint"
+            add({"part": "resume", "processes": size, "equal": None if late else False, "reason": reason})
         return
     outs = {size: setting.runs / f"resumed-{size}" for size in (2, 1)}
     jobs = {
@@ -91,8 +93,9 @@ def resuming(setting: Setting, add: Add) -> None:
         steps = recorded(out)
         complete = sorted(steps) == list(range(SAVE_AT + 1, STEPS + 1)) and len(whole) == STEPS
         apart = furthest(steps, whole, "loss") if complete else None
-        equal = apart is not None and apart <= LOSS_FLOOR
+        equal: bool | None = apart is not None and apart <= LOSS_FLOOR
         equal = equal and all(whole[n].stream == step.stream for n, step in steps.items())
+        equal = None if apart is None and setting.left() <= 0 else equal
         record = {"part": "resume", "processes": size, "apart": apart, "limit": LOSS_FLOOR, "equal": equal}
         add(record | {"losses": {n: [whole[n].loss, step.loss] for n, step in steps.items() if n in whole}})
 
@@ -279,7 +282,8 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             speed = f"{r['tokens_per_second']:,.0f} tokens/s, {r['step_ms']:.1f} ms a step"
             yield f"scaling   {r['processes']} processes: {speed}, {memory} GiB  {hidden}"
         elif r["part"] == "resume":
-            yield f"resume    on {r['processes']}: equal {r['equal']}, apart {r.get('apart')}"
+            why = r.get("reason", f"apart {r.get('apart')}")
+            yield f"resume    on {r['processes']}: equal {r['equal']}, {why}"
         elif r["part"] == "kill":
             ended = f"rank 0 ended {r['ended']} after {r.get('seconds', 0):.1f} s, code {r.get('code')}, "
             yield f"kill      {ended if 'code' in r else ''}resumed {r['resumed']}: {r['message']}"
@@ -332,7 +336,7 @@ def run_parts(setting: Setting, parts: Sequence[str], add: Add) -> None:
 
     def run(name: str) -> None:
         if setting.left() < 20:
-            add({"part": name, "equal": False, "reason": "not run, no time left"})
+            add({"part": name, "equal": None, "reason": "not run, no time left"})
             return
         try:
             PARTS[name](setting, add)

@@ -90,6 +90,22 @@ def test_a_killed_rank_without_time_to_end_proves_nothing(tmp_path: Path, monkey
     assert list(multi_gpu.lines(records)) == ["kill      resumed None: not enough time left"]
 
 
+@pytest.mark.parametrize(("left", "equal"), [(-1.0, None), (60.0, False)], ids=["cut", "failed"])
+def test_a_checkpoint_that_time_did_not_allow_proves_nothing(
+    left: float, equal: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failed:
+        def __init__(self, *_: Any) -> None: ...
+
+        def wait(self, limit: float) -> bool:
+            return False
+
+    monkeypatch.setattr(multi_gpu, "Job", Failed)
+    records: list[dict[str, Any]] = []
+    multi_gpu.resuming(Setting(tmp_path, tmp_path, True, time.monotonic() + left), records.append)
+    assert [r["equal"] for r in records] == [equal, equal]
+
+
 def test_a_stopped_job_leaves_no_process(tmp_path: Path) -> None:
     setting = Setting(tmp_path, tmp_path, True, float("inf"))
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
