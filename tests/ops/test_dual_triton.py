@@ -1,17 +1,7 @@
 """The Triton kernels of the elementwise passes against plain PyTorch, on the CPU through Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import pytest
+from collections.abc import Callable
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-def test_kernels_agree_with_the_reference() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("dual_triton_cases.py"))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_kernels_agree_with_the_reference(interpret: Callable[..., None]) -> None:
+    interpret("dual_triton_cases.py")

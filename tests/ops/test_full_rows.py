@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,9 +165,5 @@ def test_cuda_backends_are_refused_on_a_cpu() -> None:
             full_attention_rows(*qkv(LAYOUT), ROWS, LAYOUT, backend=backend)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-def test_the_gpu_joins_as_the_reference_does() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("rows_triton_cases.py"))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_gpu_joins_as_the_reference_does(interpret: Callable[..., None]) -> None:
+    interpret("rows_triton_cases.py")

@@ -1,4 +1,4 @@
-"""Linear layers of a few tokens on a CPU in float32: oneDNN reads their weights twice as fast as ``F.linear``."""
+"""Linear layers of a few tokens on a CPU in float32: oneDNN reads their weights faster than ``F.linear``."""
 
 from __future__ import annotations
 

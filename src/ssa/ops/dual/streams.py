@@ -61,9 +61,13 @@ def sparse_stream(
     if found.name == "reference":
         rest: tuple[Any, ...] = (block_size, layout, scale)
 
-        def backward(d_out, q, k, v, i, results, others):  # type: ignore[no-untyped-def]
+        def backward(
+            d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, i: Tensor, results: Results, others: tuple[Tensor, ...]
+        ) -> Gradients:
             mine = sparse_reference.backward(d_out, q, k, v, i, results[0], *rest)
-            return tuple(a.add_(b) for a, b in zip(mine, others, strict=True)) if others else mine
+            for gradient, other in zip(mine, others, strict=False):  # all three, or none
+                gradient.add_(other)
+            return mine
 
         return Stream(
             found.name,

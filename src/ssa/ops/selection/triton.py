@@ -187,10 +187,8 @@ class _Call:
         self.chunk_max = torch.empty(self.held, self.K, self.width // self.chunk, dtype=torch.int32, device=device)
         self.edge = self.part = self.lse  # unused without a guess
         if any(run.guess for run in self.runs):
-            self.edge, self.part = (
-                self.floats(self.H, self.N),
-                self.floats(self.width // tile.blocks, self.H, self.held),
-            )
+            self.edge = self.floats(self.H, self.N)
+            self.part = self.floats(self.width // tile.blocks, self.H, self.held)
             self.true_lse, self.off = self.floats(2, self.held, self.H)
         self.tile_start = self.layout.block_grid(tile.tokens, device).block_start
         for run, plan in slabs.items():
