@@ -20,6 +20,10 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
+# On a machine with a GPU: the proofs of the kernels
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu
+
 # Source distribution and wheel, installed with their dependencies into an empty environment
 wheel-check: $(VENV)/.dev
 	rm -rf build/check && $(BIN)/python -m build --outdir build/check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -56,6 +57,7 @@ def _fork(rank: int, size: int, port: int, action: Callable[[int], int], log: Pa
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1)
+        faulthandler.register(signal.SIGUSR1, file=2)
         try:
             code = action(rank)
         except SSAError as error:
@@ -79,6 +81,8 @@ def _collect(children: list[int], log: Path) -> list[int]:
         time.sleep(0.02)
     late = [child for child in children if child not in codes]
     for child in late:
+        os.kill(child, signal.SIGUSR1)  # where it is, into the log
+        time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert not late, f"ranks {[children.index(child) for child in late]} did not end\n{log.read_text()}"

@@ -1,4 +1,4 @@
-"""What failed is written down at once: a run on a borrowed GPU may be cut before pytest's own summary."""
+"""What failed is written down at once: a run may be cut before pytest's own summary."""
 
 from __future__ import annotations
 

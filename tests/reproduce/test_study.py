@@ -69,6 +69,43 @@ def test_from_the_command_line_to_the_report_and_no_piece_twice(data, tmp_path, 
     assert len(ssa["runs"]) == 4
     assert {x["length"] for x in ssa["needle"]} == {256, 512}
     assert record.stat().st_size < 60_000
+    # The study goes on from that file elsewhere: nothing is trained again, and the report says the same.
+    elsewhere, again = tmp_path / "elsewhere", tmp_path / "again.json"
+    argv[argv.index(str(out))] = str(elsewhere)
+    capsys.readouterr()
+    assert main([*argv, "--known", str(record), "--record", str(again)]) == 0
+    assert "3 pieces from" in (told := capsys.readouterr().out)
+    assert "0 pieces to do" in told
+    assert json.loads(again.read_text())["pieces"] == found["pieces"]
+    for line in (elsewhere / "claims.md").read_text().splitlines():
+        assert line in claims.read_text() or ", 0 pieces" in line
+
+
+def test_a_file_that_is_no_record_of_these_pieces_is_refused(tmp_path, capsys):
+    record, out = tmp_path / "record.json", tmp_path / "study"
+    good = {
+        "schema": "ssa.study-record/1",
+        "job": {"scale": "tiny", "changes": {}, "brief": False},
+        "calls": [],
+        "pieces": [{"variant": "ssa", "seed": 0}],
+    }
+    bad = [
+        {"schema": "other/1"},
+        {"schema": "ssa.study-record/1"},
+        {**good, "pieces": [{"variant": "../away", "seed": 0}]},
+        {**good, "pieces": [{"variant": "ssa", "seed": 0, "evaluation": {"model": {}}}]},
+        {**good, "pieces": 3},
+    ]
+    for content in bad:
+        record.write_text(json.dumps(content))
+        assert main(["reproduce", "--report", "--out", str(out), "--known", str(record)]) == 2
+        assert str(record) in capsys.readouterr().err
+        assert not out.exists()
+    out.mkdir()
+    (out / "job.json").write_text('{"scale": "small", "changes": {}, "brief": false}')
+    record.write_text(json.dumps(good))
+    assert main(["reproduce", "--report", "--out", str(out), "--known", str(record)]) == 2
+    assert "another --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

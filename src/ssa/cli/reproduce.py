@@ -33,6 +33,7 @@ def reproduce(
     only: Annotated[tuple[str, ...], arg(help="variants to do, such as ssa or alpha-160; default all")] = (),
     set: Annotated[tuple[str, ...], arg(help="recipe keys of all pieces, such as optimizer.learning_rate=1e-3")] = (),
     brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no report")] = False,
+    known: Annotated[Path | None, arg(help="record of an earlier study; its pieces count as done")] = None,
     report: Annotated[bool, arg(help="train nothing: write the report of what is there")] = False,
     claims: Annotated[Path | None, arg(help="also write the claims table to this Markdown file")] = None,
     record: Annotated[Path | None, arg(help="also write all figures to this JSON file")] = None,
@@ -49,6 +50,10 @@ def reproduce(
 
     began = time.time()
     console = Console(soft_wrap=True, highlight=False)
+    if known is not None:
+        from ssa.report import restore_record
+
+        console.print(f"{restore_record(known, out)} pieces from {known}", markup=False)
     if not report:
         if data is None:
             raise ConfigError("--data", "none", "a folder that `ssa prepare` wrote")

@@ -83,7 +83,7 @@ def needle_figure(study: Study) -> Figure | None:
     lengths = _lengths(study, lambda e: [x.length for x in e.suite.needle])
     if not forms or not lengths:
         return None
-    chances = [x.chance for e in _evaluations(study) for x in e.suite.needle]
+    chances = [x.chance for e in _evaluations(study) for x in e.suite.needle if math.isfinite(x.chance)]
 
     def paint(canvas: Canvas) -> None:
         grid = canvas.subplots(1, len(forms), squeeze=False, sharey=True)[0]
@@ -92,7 +92,8 @@ def needle_figure(study: Study) -> Figure | None:
                 for mode, dashes in (("full", "-"), ("sparse", (0, (3.2, 1.4)))):
                     value = _accuracy(form, mode)
                     _banded(axes, _points(group, lengths, value), {**line(group), "linestyle": dashes})
-            axes.axhline(chances[0], color="#C9CFD6", linewidth=1, zorder=1)
+            for chance in chances[:1]:
+                axes.axhline(chance, color="#C9CFD6", linewidth=1, zorder=1)
             _length_axis(axes, lengths, _trained(study))
             axes.set_ylim(-0.02, 1.02)
             axes.set_title(form.replace("_", " "))

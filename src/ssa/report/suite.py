@@ -21,17 +21,14 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Needle:
-    """Share of needle tasks answered rightly: by likelihood among candidates (``chance``), and by greedy decoding."""
+    """Share of needle tasks whose right answer is the likeliest among the candidates, and the share by ``chance``."""
 
     mode: str
     form: str
     length: int
     scaling: str
-    depth: float
     likelihood: float
-    greedy: float
     chance: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,8 @@ def _needle(x: Fields) -> Needle:
         x.text("form"),
         x.count("length"),
         x.text("scaling"),
-        x.number("depth"),
         x.number("likelihood"),
-        x.number("greedy"),
         x.number("chance"),
-        x.count("samples"),
     )
 
 
