@@ -36,16 +36,20 @@ def test_two_processes_have_the_gradients_of_one(kind: str, tmp_path: Path) -> N
         (single(half, labels=half, use_cache=False).loss / 2).backward()
     expected = {name: p.grad for name, p in single.named_parameters()}
 
+    # Freed in the child, the wrapper would wait for gloo's threads with the interpreter's lock, which they may want.
+    kept = []
+
     def action(rank: int) -> int:
         dist.init_process_group("gloo")
         made, mine = model(), ids.split(2)[rank]
         if kind == "ddp":
-            wrapped = DistributedDataParallel(made)  # its hooks end with it
+            wrapped = DistributedDataParallel(made)
         else:
             mesh = init_device_mesh("cpu", (2,))
             for layer in made.model.layers:
                 fully_shard(layer, mesh=mesh)
             wrapped = fully_shard(made, mesh=mesh)
+        kept.append(wrapped)
         wrapped(mine, labels=mine, use_cache=False).loss.backward()
         for name, parameter in made.named_parameters():
             found = parameter.grad if kind == "ddp" else parameter.grad.full_tensor()
