@@ -46,7 +46,7 @@ SHAPES = {
         Workload("1B-8K-random", ((8192,),) * 4, inputs="random"),
     )
 }
-SELECTING = ("lse", "score", "refine", "slab", "passes")  # variants that change the selection's kernels
+SELECTING = ("lse", "score", "resident", "refine", "slab", "passes")  # variants that change the selection's kernels
 AGREE = 4e-3  # relative difference of results in bfloat16
 Variant = tuple[str, str, dict[str, Any]]  # kernel, label, what to change
 
@@ -66,11 +66,16 @@ def variants(D: int) -> list[Variant]:
     )  # fmt: skip
     for tile in tiles:
         found.append(("score", f"{tile.tokens}x{tile.blocks} {list(tile.how)}", {"score": tile}))
+    found.append(("resident", "none", {"resident": None}))
+    G = 16 if narrow else 4
+    for BN, *how in ((32, 4, 3, 128), (32, 4, 2, 128), (32, 4, 3), (32, 8, 3), (64, 4, 3), (64, 8, 3), (16, 8, 3)):
+        found.append(("resident", f"{BN} {how}", {"resident": TileConfig(64 * how[0] // G, BN, Launch(*how))}))
     for CT, registers in ((32, 64), (32, 72), (32, 80), (64, 96)):
         found.append(("refine", f"{CT} {registers}", {"refine": (CT, registers)}))
     found.append(("passes", "two", {"one_pass": 1 << 30}))
     for tile in tiles[:1] + tiles[4:5] + tiles[6:7]:
-        found.append(("passes", f"one {tile.tokens}x{tile.blocks}", {"one_pass": 0, "score": tile}))
+        found.append(("passes", f"one {tile.tokens}x{tile.blocks}", {"one_pass": 0, "resident": None, "score": tile}))
+    found.append(("passes", "one, resident", {"one_pass": 0}))
     for bits in (26, 28):
         found.append(("slab", f"2^{bits}", {"slab": 1 << bits}))
     unions = (
@@ -93,7 +98,7 @@ def variants(D: int) -> list[Variant]:
 @contextmanager
 def applied(change: dict[str, Any]) -> Iterator[None]:
     """Run the operations with a change of their configuration."""
-    named = ("lse_config", "score_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS")
+    named = ("lse_config", "score_config", "resident_config", "refine_config", "SLAB_ELEMENTS", "ONE_PASS_TOKENS")
     settings = {name: getattr(selection, name) for name in named}
     old = sparse.strategy, triton_index.SEGMENT
     fields = {k: v for k, v in change.items() if k in sparse.Strategy._fields}
@@ -102,7 +107,7 @@ def applied(change: dict[str, Any]) -> Iterator[None]:
         plan = old[0](H, K, D, S, slots, small)._replace(**fields)
         return plan if "limit" in fields else plan._replace(limit=max(slots * 3 // 2, plan.tokens * slots // 2))
 
-    for name, key in zip(named, ("lse", "score", "refine", "slab", "one_pass"), strict=True):
+    for name, key in zip(named, ("lse", "score", "resident", "refine", "slab", "one_pass"), strict=True):
         if key in change:
             setattr(selection, name, (lambda *_, x=change[key]: x) if name.endswith("config") else change[key])
     sparse.strategy = strategy
@@ -194,9 +199,10 @@ def kernel_times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     return times
 
 
-SELECTION = ("lse_kernel", "score_kernel", "normalise_kernel", "refine_kernel", "select_kernel")
+SCORES = ("score_kernel", "resident_score_kernel", "normalise_kernel")
+SELECTION = ("lse_kernel", *SCORES, "refine_kernel", "select_kernel")
 COUNTED = {
-    "lse": ("lse_kernel", "refine_kernel"), "score": ("score_kernel", "normalise_kernel"),
+    "lse": ("lse_kernel", "refine_kernel"), "score": SCORES, "resident": (*SCORES, "lse_kernel"),
     "refine": ("refine_kernel",), "slab": SELECTION, "passes": SELECTION,
     "union": ("union_kernel", "union_forward_kernel", "union_dq_kernel"),
     "token": ("token_forward_kernel", "token_dq_kernel"), "segment": ("dkv_kernel", "dkv_reduce_kernel"),

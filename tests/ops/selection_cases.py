@@ -38,6 +38,8 @@ CASES = {
     "hidden keys": ([[400]], 3, 1, 16, SparseSpec(16, 4), spikes),
     "overflow": ([[400]], 2, 1, 16, SparseSpec(16, 4), overflowing),
     "repeated keys in slabs": ([[400, 17]], 2, 1, 16, SparseSpec(16, 4), repeated),
+    "resident queries": ([[1, 15, 300, 8]], 8, 2, 24, SparseSpec(16, 5, first_blocks=1, local_blocks=2), plain),
+    "resident queries of many heads, in slabs": ([[340]], 16, 1, 16, SparseSpec(16, 4), spikes),
 }
 
 
@@ -52,9 +54,12 @@ def compare(name: str) -> None:
     selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
     selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
     selection.refine_config = lambda *_: (16, None)
+    if "resident" in name:
+        selection.resident_config = lambda D, G, *_: TileConfig(2 * 64 // G, 16, Launch(4))  # also of two passes
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
-    for tokens in (12, 1 << 30) if change is plain else (0,):  # 12: for documents of at least 96 tokens
+    one = 12 if change is plain else 0  # 12: for documents of at least 12 S / G tokens
+    for tokens in (one,) if "resident" in name or change is not plain else (one, 1 << 30):
         selection.ONE_PASS_TOKENS = tokens
         assert torch.equal(select_blocks(q, k, spec, layout, backend="triton"), expected), tokens
 

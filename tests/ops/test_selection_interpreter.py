@@ -10,6 +10,8 @@ CASES = (
     "hidden keys",
     "overflow",
     "repeated keys in slabs",
+    "resident queries",
+    "resident queries of many heads, in slabs",
 )
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
-from ssa.ops.selection.triton_kernels import lse_kernel, normalise_kernel, pool_kernel, score_kernel
+from ssa.ops.selection.triton_kernels import lse_kernel, normalise_kernel, pool_kernel
+from ssa.ops.selection.triton_scores import resident_score_kernel, score_kernel
 from ssa.ops.selection.triton_topk import refine_kernel, select_kernel, select_official_kernel
 from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import (
@@ -58,6 +59,17 @@ def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 64, Launch(4, 2))
     return TileConfig(64, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
+
+
+@cache
+def resident_config(
+    D: int, G: int, itemsize: int, device_capability: tuple[int, int], guess: bool
+) -> TileConfig | None:
+    """Of a score kernel that keeps the queries of all G heads of a tile in shared memory; None where another is faster
+    or G is no power of two."""
+    if not guess or D > 128 or itemsize > 2 or device_capability[0] != 9 or G not in (4, 8, 16, 32, 64):
+        return None
+    return TileConfig(256 // G, 32, Launch(4, 3, 128 if D <= 64 else None))
 
 
 @cache
@@ -166,7 +178,10 @@ class _Call:
         long = ceil_div(ONE_PASS_TOKENS * self.S, self.G)
         self.runs = _runs(self.layout, self.layout.max_length + 1 if rule.official else long)
         self.where = capability(device.index)
-        self.tile = score_config(self.D, self.where)
+        kind = self.D, self.G, q.dtype.itemsize, self.where
+        #: Without and with a guess.
+        self.resident = tuple(resident_config(*kind, guess) for guess in (False, True))
+        self.tiles = tuple(tile or score_config(self.D, self.where) for tile in self.resident)
         self.sizes = (self.D, self.DP, self.S)
         self.launch = Launcher(device, q.dtype, self.H, self.K, self.D, self.q_stride, self.k_stride)
         self.out = torch.empty(B, T, self.K, rule.num_blocks, dtype=torch.int32, device=device)
@@ -176,24 +191,27 @@ class _Call:
 
     def select(self) -> Tensor:
         """All launches; int32 ``[B, T, K, num_blocks]``."""
-        device, tile = self.q.device, self.tile
         self.pool()
         self.lse = self.floats(self.H, self.N)
-        self.width = ceil_div(self.layout.max_length, self.S * tile.blocks) * tile.blocks
+        widest = max(self.tiles[run.guess].blocks for run in self.runs)
+        self.width = ceil_div(self.layout.max_length, self.S * widest) * widest
         self.chunk = chunk_blocks(self.width, self.S, self.rule.official)
-        slabs = {run: _slabs(self.layout, self.S, self.K, self.width, tile.tokens, run) for run in self.runs}
+        slabs = {
+            run: _slabs(self.layout, self.S, self.K, self.width, self.tiles[run.guess].tokens, run) for run in self.runs
+        }
         self.held = max(slab.rows for plan in slabs.values() for slab in plan)
         self.score = self.floats(self.held, self.K, self.width)
-        self.chunk_max = torch.empty(self.held, self.K, self.width // self.chunk, dtype=torch.int32, device=device)
+        chunks = self.width // self.chunk
+        self.chunk_max = torch.empty(self.held, self.K, chunks, dtype=torch.int32, device=self.q.device)
         self.edge = self.part = self.lse  # unused without a guess
         if any(run.guess for run in self.runs):
             self.edge = self.floats(self.H, self.N)
-            self.part = self.floats(self.width // tile.blocks, self.H, self.held)
+            self.part = self.floats(1 if self.resident[True] else self.width // widest, self.H, self.held)
             self.true_lse, self.off = self.floats(2, self.held, self.H)
-        self.tile_start = self.layout.block_grid(tile.tokens, device).block_start
         for run, plan in slabs.items():
-            first = lse_config(self.D, self.where, run.guess)
-            assert first.tokens % tile.tokens == 0  # both agree on what `score_kernel` sums
+            first, tile = lse_config(self.D, self.where, run.guess), self.tiles[run.guess]
+            assert first.tokens % tile.tokens == 0  # both agree on what is summed beside the scores
+            self.tile_start = self.layout.block_grid(tile.tokens, self.q.device).block_start
             self.log_sums(run, first)
             for slab in plan:
                 self.scores(slab, first.tokens, run.guess)
@@ -225,21 +243,24 @@ class _Call:
             self.q, self.pooled, self.coarse, self.lse, self.edge, tile_start, self.starts, self.grid.first_block,
             first_chunk, tile, tiles, *self.q_stride, self.N, self.K, self.c, self.G,
         )  # fmt: skip
-        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, run.guess, self.tile.blocks)
+        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, run.guess, self.tiles[run.guess].blocks)
         self.launch(lse_kernel, (tiles, self.H, 1), arguments, constants, first.how)
 
     def scores(self, slab: _Slab, tokens: int, guess: bool) -> None:
         """Scores, their maxima by chunk and, with a guess, their sums by tile; ``tokens`` of a tile of L."""
-        tile, rule = self.tile, self.rule
+        tile, rule = self.tiles[guess], self.rule
         arguments = (
             self.q, self.pooled, self.lse, self.score, self.chunk_max, self.part, self.tile_start, self.starts,
             self.grid.first_block, slab.tile, slab.tiles, slab.row, self.held, *self.q_stride, self.N, self.K,
-            self.width, self.c, rule.first_blocks, rule.local_blocks, self.G,
+            self.width, self.c, rule.first_blocks, rule.local_blocks,
         )  # fmt: skip
         constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, tokens, guess)
-        self.launch(
-            score_kernel, (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K), arguments, constants, tile.how
-        )
+        if self.resident[guess]:
+            grid = (slab.tiles, self.K, 1)
+            self.launch(resident_score_kernel, grid, arguments, (*constants, self.G), tile.how)
+        else:
+            grid = (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K)
+            self.launch(score_kernel, grid, (*arguments, self.G), constants, tile.how)
 
     def top(self, slab: _Slab) -> tuple[tuple[int, ...], int]:
         """Constants of a top-k over the slab's rows, and warps of a row."""
@@ -262,10 +283,11 @@ class _Call:
 
     def refine(self, slab: _Slab, tokens: int) -> None:
         """Top-k of scores under a guess: true L, then what may be among the best again."""
-        tile, rule, (constants, warps) = self.tile, self.rule, self.top(slab)
+        tile, rule, (constants, warps) = self.tiles[True], self.rule, self.top(slab)
         arguments: tuple[Any, ...] = (
             self.q, self.pooled, self.lse, self.edge, self.part, self.true_lse, self.off, self.tile_start, self.starts,
-            self.grid.first_block, slab.tile, slab.row, self.held, *self.q_stride, self.N, self.K, self.c, self.G,
+            self.grid.first_block, slab.tile, slab.row, self.held, len(self.part), *self.q_stride, self.N, self.K,
+            self.c, self.G,
         )  # fmt: skip
         tiles = (*self.sizes, tile.tokens, tile.blocks, tokens)
         self.launch(normalise_kernel, (slab.tiles, self.H, 1), arguments, tiles, Launch(4))

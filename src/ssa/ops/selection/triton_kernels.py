@@ -14,7 +14,7 @@ The dot products are recomputed instead of storing a [T, H, blocks] tensor, and 
   of at least x, then the k best have at least x lo/hi, and ranking the few blocks that have it by their true scores
   (`triton_topk.py`) gives the same blocks as two passes. A bad guess makes that list longer, never wrong.
 
-Scores go to a slab that holds a bounded number of tokens; beside it the maximum of every CS blocks.
+Scores (`triton_scores.py`) go to a slab that holds a bounded number of tokens, with the maximum of every CS blocks.
 
 All tiles lie inside one document, so the document is a scalar of the program and no row sees another's keys.
 
@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ssa.ops.selection.triton_topk import _key
 
 NOTHING = tl.constexpr(float("-inf"))
 LARGE = tl.constexpr(2.0**100)  # a sum below it has not overflowed
@@ -214,94 +212,13 @@ def lse_kernel(
             tl.store(lse_ptr + out, again, mask=(t < rows) & (fits == 0))
 
 
-@triton.jit(do_not_specialize=["tile0", "num_tiles", "slab_row0", "slab_rows", "N", "first_blocks", "local_blocks"])
-def score_kernel(
-    q_ptr,  # [N, H, D]
-    pooled_ptr,  # [blocks, K, D]
-    lse_ptr,  # [H, N]: L, or a guess of it
-    score_ptr,  # [tokens of the slab, K, NC] float32; only columns that a top-k may read are written
-    chunk_max_ptr,  # [tokens of the slab, K, NC / CS] int32: bits + 1 of the largest candidate score, 0 for none
-    part_ptr,  # [NC / BN, H, tokens of the slab] float32: sums of 2^(s - L') of a tile before `_summed_before`
-    tile_start_ptr,
-    starts_ptr,
-    first_block_ptr,
-    tile0,
-    num_tiles,
-    slab_row0,
-    slab_rows,
-    q_row,
-    q_head,
-    N,
-    K,
-    NC,
-    c,
-    first_blocks,
-    local_blocks,
-    G,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    S: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    CS: tl.constexpr,
-    LT: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """Scores of one tile of tokens x one tile of blocks: the keys stay, the loop runs over the group's heads."""
-    kv_head = tl.program_id(2)
-    row0, rows, position0, first_block = _tile(
-        tile0 + num_tiles - 1 - tl.program_id(1), tile_start_ptr, starts_ptr, first_block_ptr
-    )
-    n0 = tl.program_id(0) * BN
-    most = (position0 + rows - 1) // S + 1 - local_blocks  # candidates of the tile's last token end here
-    summed = n0 < _summed_before(position0, S, LT, BN)
-    if SUMS:
-        most = tl.where(summed, tl.maximum(most, n0 + BN), most)
-    if n0 >= most:
-        return
-    t, d = tl.arange(0, BT), tl.arange(0, DP)
-    block = n0 + tl.arange(0, BN)
-    row = row0.to(tl.int64) + t
-    live = t < rows
-    k_nd = tl.load(
-        pooled_ptr + ((first_block + block).to(tl.int64) * K + kv_head)[:, None] * D + d[None, :],
-        mask=(block < most)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    head0 = (kv_head * G).to(tl.int64)
-    lse_ptr += head0 * N + row
-    part_head = tl.zeros([], tl.int64) + slab_rows
-    part_ptr += (tl.program_id(0).to(tl.int64) * K * G + head0) * part_head + row - slab_row0
-    score_tn = tl.zeros([BT, BN], tl.float32)
-    live_td = live[:, None] & (d < D)[None, :]
-    lse = tl.load(lse_ptr, mask=live, other=float("inf"))
-    for g in range(G):
-        q_td = tl.load(q_ptr + row[:, None] * q_row + (kv_head * G + g) * q_head + d[None, :], mask=live_td, other=0.0)
-        next_lse = tl.load(lse_ptr + tl.minimum(g + 1, G - 1).to(tl.int64) * N, mask=live, other=float("inf"))
-        e_tn = tl.exp2(tl.dot(q_td, tl.trans(k_nd), input_precision="ieee") * c - lse[:, None])
-        score_tn += e_tn
-        if SUMS:
-            if summed:
-                tl.store(part_ptr, tl.sum(e_tn, 1), mask=live)
-            part_ptr += part_head
-        lse = next_lse
-    slab_row = ((row - slab_row0) * K + kv_head) * NC
-    tl.store(score_ptr + slab_row[:, None] + block[None, :], score_tn, mask=live[:, None])
-    end = (position0 + t) // S + 1 - local_blocks
-    candidate = (block[None, :] >= first_blocks) & (block[None, :] < end[:, None])
-    key_tn = tl.where(candidate, _key(score_tn), 0)
-    chunk_max = tl.max(tl.reshape(key_tn, [BT, BN // CS, CS]), 2)
-    chunk = tl.program_id(0) * (BN // CS) + tl.arange(0, BN // CS)
-    tl.store(chunk_max_ptr + (slab_row // CS)[:, None] + chunk[None, :], chunk_max, mask=live[:, None])
-
-
-@triton.jit(do_not_specialize=["tile0", "slab_row0", "slab_rows", "N"])
+@triton.jit(do_not_specialize=["tile0", "slab_row0", "slab_rows", "parts", "N"])
 def normalise_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
     guess_ptr,  # [H, N]: the guess under which the sums were taken
     edge_ptr,  # [H, N]
-    part_ptr,  # [NC / BN, H, tokens of the slab]
+    part_ptr,  # [parts, H, tokens of the slab]
     lse_ptr,  # [tokens of the slab, H]: L
     off_ptr,  # [tokens of the slab, H]: L - L'; +inf if too far apart for sums of float32
     tile_start_ptr,
@@ -310,6 +227,7 @@ def normalise_kernel(
     tile0,
     slab_row0,
     slab_rows,
+    parts,
     q_row,
     q_head,
     N,
@@ -329,13 +247,13 @@ def normalise_kernel(
     t, j = tl.arange(0, BT), tl.arange(0, 8)
     row, live = row0.to(tl.int64) + t, t < rows
     complete, most = (position0 + t + 1) // S, (position0 + rows) // S
-    tiles = _summed_before(position0, S, LT, BN) // BN
+    summed = tl.minimum(_summed_before(position0, S, LT, BN) // BN, parts)
     step = (tl.zeros([], tl.int64) + slab_rows) * K * G
-    parts = part_ptr + head.to(tl.int64) * slab_rows + row - slab_row0
+    of_head = part_ptr + head.to(tl.int64) * slab_rows + row - slab_row0
     l = tl.load(edge_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
-    for j0 in range(0, tiles, 8):
-        mask = (j0 + j < tiles)[:, None] & live[None, :]
-        l += tl.sum(tl.load(parts[None, :] + (j0 + j).to(tl.int64)[:, None] * step, mask=mask, other=0.0), 0)
+    for j0 in range(0, summed, 8):
+        mask = (j0 + j < summed)[:, None] & live[None, :]
+        l += tl.sum(tl.load(of_head[None, :] + (j0 + j).to(tl.int64)[:, None] * step, mask=mask, other=0.0), 0)
     guess = tl.load(guess_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
     seen = live & (complete > 0)
     credible = ((l < CREDIBLE) & (l > 1 / CREDIBLE)) | (seen == 0)
