@@ -34,19 +34,19 @@ def _least(key, highest):
 
 
 @triton.jit
-def _largest(key, need, highest, least):
-    """Mask of the ``need`` largest positive keys, ties to the lower position.
+def _search(key, need, highest, least):
+    """The largest threshold found that ``need`` positive keys reach, or all of them, and how many reach it.
 
-    ``highest`` is the largest key; ``need`` keys, or all positive ones, reach ``least``. Searches the largest threshold
-    that ``need`` keys reach, two bits at a time from the highest in which the two differ, until exactly ``need`` keys
-    reach it or all bits are known. Three counts of up to 1023 keys share an integer, and so one reduction.
+    ``highest`` is the largest key; ``need`` keys, or all positive ones, reach ``least``. Searches two bits at a time
+    from the highest in which the two differ, until exactly ``need`` keys reach the threshold or all bits are known.
+    Three counts of up to 1023 keys share an integer, and so one reduction.
     """
     differ = highest ^ least
     shift = tl.where(differ > 0, (differ.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)  # may be 1 too many
     threshold = tl.where(shift < 31, (highest >> shift) << shift, 0)
     count = _count(key, tl.maximum(threshold, 1))
     while (shift > 0) & (count != need):
-        if key.shape[0] <= 1023:
+        if key.numel <= 1023:
             shift = tl.maximum(shift - 2, 0)
             first, second, third = threshold + (1 << shift), threshold + (2 << shift), threshold + (3 << shift)
             one, two, three = (key >= first).to(tl.int32), (key >= second).to(tl.int32), (key >= third).to(tl.int32)
@@ -60,17 +60,37 @@ def _largest(key, need, highest, least):
             higher = threshold + (1 << shift)
             n = _count(key, higher)
             count, threshold = tl.where(n >= need, n, count), tl.where(n >= need, higher, threshold)
-    above = key > threshold
-    equal = (key == threshold) & (key > 0)
-    rank = tl.cumsum(equal.to(tl.int32)) - 1
-    return above | (equal & (rank < need - tl.sum(above.to(tl.int32))))
+    return tl.maximum(threshold, 1), count
+
+
+@triton.jit
+def _place(mask):
+    """Of each element that is set, how many before it are; row by row, which is cheaper than one scan over all."""
+    if len(mask.shape) == 1:
+        place = tl.cumsum(mask.to(tl.int32)) - 1
+    else:
+        in_row = tl.sum(mask.to(tl.int32), 1)
+        place = (tl.cumsum(in_row) - in_row)[:, None] + tl.cumsum(mask.to(tl.int32), 1) - 1
+    return place
+
+
+@triton.jit
+def _largest(key, need, highest, least):
+    """Mask of the ``need`` largest positive keys, ties to the lower position; ``highest``, ``least``: see `_search`."""
+    threshold, count = _search(key, need, highest, least)
+    taken = key >= threshold
+    if count > need:  # equal keys
+        above = key > threshold
+        equal = key == threshold
+        taken = above | (equal & (_place(equal) < need - tl.sum(above.to(tl.int32))))
+    return taken
 
 
 @triton.jit
 def _best_of_chunks(
     score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
 ):
-    """Blocks ``[KP * CS]`` in ``[lo, hi)``, their keys, and the mask of the ``need`` best (``need <= KP``).
+    """Blocks ``[KP, CS]`` in ``[lo, hi)``, their keys, and the mask of the ``need`` best (``need <= KP``).
 
     ``scratch`` has at least ``need`` integers that nobody else uses; it carries the chosen chunks across lanes.
     """
@@ -81,12 +101,12 @@ def _best_of_chunks(
     highest = tl.max(largest)
     chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
     reached = _least(tl.where(chosen, largest, 0), highest)  # by one block of every chosen chunk
-    tl.store(scratch + tl.cumsum(chosen.to(tl.int32)) - 1, first + j, mask=chosen)
+    tl.store(scratch + _place(chosen), first + j, mask=chosen)
     tl.debug_barrier()
-    e = tl.arange(0, KP * CS)
-    listed = e // CS < tl.sum(chosen.to(tl.int32))
-    block = tl.load(scratch + e // CS, mask=listed, other=0) * CS + e % CS
-    valid = listed & (block >= lo) & (block < hi)
+    slot = tl.arange(0, KP)
+    chunk = tl.load(scratch + slot, mask=slot < tl.minimum(chunks, need), other=hi)  # `hi` is beyond the last
+    block = chunk[:, None] * CS + tl.arange(0, CS)[None, :]
+    valid = (block >= lo) & (block < hi)
     key = tl.where(valid, _key(tl.load(score_ptr + block, mask=valid, other=0.0)), 0)
     tl.debug_barrier()
     least = tl.where(chunks >= need, reached, tl.minimum(highest, 1))
@@ -102,7 +122,7 @@ def _emit(out, forced_first, block, taken, own, local_blocks, k, KP2: tl.constex
     begin = forced_first + count
     fixed = tl.where(slot < forced_first, slot, tl.where(slot < begin + local, own + 1 - local + slot - begin, -1))
     tl.store(out + slot, fixed, mask=(slot < k) & ((slot < forced_first) | (slot >= begin)))
-    tl.store(out + forced_first + tl.cumsum(taken.to(tl.int32)) - 1, block, mask=taken)
+    tl.store(out + forced_first + _place(taken), block, mask=taken)
 
 
 @triton.jit(do_not_specialize=["slab_row0", "k", "first_blocks", "local_blocks"])
@@ -144,38 +164,93 @@ def _score_of(key):
 
 
 @triton.jit
-def _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr):
-    """Write the blocks in ``[lo, hi)`` whose key reaches ``threshold`` over the row's scores, ascending; their number.
+def _kth_score(score_row, chunk_max, chunks, lo, hi, need, CS: tl.constexpr, KP: tl.constexpr):
+    """A key that ``need`` of the blocks in ``[lo, hi)`` reach: by their chunks' maxima if that many chunks exist."""
+    if chunks >= need:
+        highest = tl.max(chunk_max)
+        bound, _ = _search(chunk_max, need, highest, _least(chunk_max, highest))
+    else:
+        e = tl.arange(0, KP * CS)
+        key = tl.where(lo + e < hi, _key(tl.load(score_row + lo + e, mask=lo + e < hi, other=0.0)), 0)
+        highest = tl.max(key)
+        bound, _ = _search(key, need, highest, _least(key, highest))
+    return bound
 
-    The list of chunks that hold one goes over the row's chunk maxima. Both lists stay behind what is still to be read.
+
+@triton.jit
+def _reduced(bound, share):
+    """The key of ``share`` of the score behind ``bound``; the least one if that score is too small, or no number."""
+    score = _score_of(bound)
+    return _key(tl.where((score > TINY) & (share > 0), score * share, 0.0))
+
+
+@triton.jit
+def _tighten(listed_row, found, need, threshold, share, LIST: tl.constexpr):
+    """Keep of the ``found`` listed blocks, whose keys reach ``threshold``, those that reach ``share`` of the
+    ``need``-th best; their number."""
+    e = tl.arange(0, LIST)
+    block = tl.load(listed_row + e, mask=e < found, other=0)
+    key = tl.load(listed_row + LIST + e, mask=e < found, other=0)
+    tight, _ = _search(key, need, tl.max(key), threshold)
+    kept = (key >= _reduced(tight, share)) & (e < found)
+    tl.debug_barrier()
+    tl.store(listed_row + _place(kept), block, mask=kept)
+    return tl.sum(kept.to(tl.int32))
+
+
+@triton.jit
+def _list_candidates(
+    score_row, chunk_row, chunk_max, first, lo, hi, need, bound, share, NCH: tl.constexpr, CS: tl.constexpr,
+    LIST: tl.constexpr, CT: tl.constexpr,
+):  # fmt: skip
+    """Write what may hold the ``need`` best blocks in ``[lo, hi)`` over the row's scores, as units of 2^shift blocks,
+    ascending; how many blocks these are, and shift. CS: 8, 16 or 32.
+
+    Units are single blocks, unless more than LIST reach ``share`` of ``bound``: then chunks. Where more than CT reach
+    it, the bound is tightened to the ``need``-th best of them. 2 LIST scores are read at a time, so that the list and
+    its keys, which take the place of the first 2 LIST, stay behind what is still to be read.
     """
-    first = lo // CS
+    threshold = _reduced(bound, share)
+    listed_row = score_row.to(tl.pointer_type(tl.int32))
     j = tl.arange(0, NCH)
-    largest = tl.load(chunk_row + first + j, mask=j < (hi - 1) // CS - first + 1, other=0)
-    holds = largest >= threshold
+    holds = chunk_max >= threshold
     tl.debug_barrier()
-    tl.store(chunk_row + tl.cumsum(holds.to(tl.int32)) - 1, first + j, mask=holds)
+    tl.store(chunk_row + _place(holds), first + j, mask=holds)
     tl.debug_barrier()
-    listed, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
-    e = tl.arange(0, KP * CS)
-    for i in range(0, listed, KP):
-        slot = i + e // CS
-        block = tl.load(chunk_row + slot, mask=slot < listed, other=0) * CS + e % CS
-        valid = (slot < listed) & (block >= lo) & (block < hi)
-        reaches = valid & (_key(tl.load(score_row + block, mask=valid, other=0.0)) >= threshold)
+    chunks, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
+    slot, column = tl.arange(0, 2 * LIST // CS), tl.arange(0, CS)
+    for i in range(0, chunks, 2 * LIST // CS):
+        chunk = tl.load(chunk_row + i + slot, mask=i + slot < chunks, other=hi)  # `hi` is beyond the last
+        block = chunk[:, None] * CS + column[None, :]
+        valid = (block >= lo) & (block < hi)
+        key = tl.where(valid, _key(tl.load(score_row + block, mask=valid, other=0.0)), 0)
+        reaches = key >= threshold
+        place = found + _place(reaches)
+        fits = reaches & (place < LIST)
         tl.debug_barrier()
-        place = score_row.to(tl.pointer_type(tl.int32)) + found + tl.cumsum(reaches.to(tl.int32)) - 1
-        tl.store(place, block, mask=reaches)
+        tl.store(listed_row + place, block, mask=fits)
+        tl.store(listed_row + LIST + place, key, mask=fits)
         found += tl.sum(reaches.to(tl.int32))
     tl.debug_barrier()
-    return found
+    shift = tl.zeros([], tl.int32)
+    if found > LIST:
+        chunk = tl.load(chunk_row + j, mask=j < chunks, other=0)
+        tl.store(listed_row + j, chunk, mask=j < chunks)
+        found, shift = chunks * CS, shift + (3 if CS == 8 else 4 if CS == 16 else 5)
+    elif found > CT:
+        found = _tighten(listed_row, found, need, threshold, share, LIST)
+    tl.debug_barrier()
+    return found, shift
 
 
 @triton.jit
 def _best_of_list(
-    listed_ptr,
+    listed_row,
     found,
+    shift,
     out,
+    lo,
+    hi,
     need,
     q_gd,
     lse_g,
@@ -186,7 +261,8 @@ def _best_of_list(
     DP: tl.constexpr,
     CT: tl.constexpr,
 ):
-    """Write the ``need`` of the ``found`` listed blocks with the best true scores to ``out``, ascending; their number.
+    """Write the ``need`` blocks in ``[lo, hi)`` with the best true scores among the ``found`` in units of 2^shift to
+    ``out``, ascending; their number.
 
     Takes CT blocks at a time: the best so far, then as many new ones as fit; ``need < CT``.
     """
@@ -194,19 +270,21 @@ def _best_of_list(
     taken, kept = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     while taken < found:
         size = kept + tl.minimum(CT - kept, found - taken)
-        block = tl.load(out + e, mask=e < kept, other=0)
-        block += tl.load(listed_ptr + taken + e - kept, mask=(e >= kept) & (e < size), other=0)
+        new = taken + e - kept
+        unit = tl.load(listed_row + (new >> shift), mask=(e >= kept) & (e < size), other=0)
+        block = tl.where(e < kept, tl.load(out + e, mask=e < kept, other=0), (unit << shift) + new % (1 << shift))
+        valid = (e < size) & (block >= lo) & (block < hi)
         k_nd = tl.load(
             keys + block.to(tl.int64)[:, None] * stride + d[None, :],
-            mask=(e < size)[:, None] & (d < D)[None, :],
+            mask=valid[:, None] & (d < D)[None, :],
             other=0.0,
         )
         s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
-        key = tl.where(e < size, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
+        key = tl.where(valid, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
         highest = tl.max(key)
         best = _largest(key, tl.minimum(size, need), highest, _least(key, highest))
         tl.debug_barrier()
-        tl.store(out + tl.cumsum(best.to(tl.int32)) - 1, block, mask=best)
+        tl.store(out + _place(best), block, mask=best)
         tl.debug_barrier()
         taken += size - kept
         kept = tl.sum(best.to(tl.int32))
@@ -243,6 +321,7 @@ def refine_kernel(
     KP2: tl.constexpr,
     GP: tl.constexpr,
     CT: tl.constexpr,
+    LIST: tl.constexpr,
 ):
     """Exact top-k of one row from scores under a guess: those that may be among the best are scored again."""
     kv_head, slab_row = tl.program_id(1), tl.program_id(0).to(tl.int64) * K + tl.program_id(1)
@@ -252,31 +331,35 @@ def refine_kernel(
     score_row, chunk_row = score_ptr + slab_row * NC, chunk_max_ptr + slab_row * NC // CS
     forced_first = tl.minimum(first_blocks, own + 1)
     lo, hi, need = first_blocks, own + 1 - local_blocks, k - first_blocks - local_blocks
-    guessed, key, taken = _best_of_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
-    tl.debug_barrier()
+    slot = tl.arange(0, KP)
     if (hi - lo <= need) | (need == 0):
-        _emit(out, forced_first, guessed, taken, own, local_blocks, k, KP2)
+        _emit(out, forced_first, lo + slot, slot < tl.minimum(hi - lo, need), own, local_blocks, k, KP2)
     else:
-        g, d, slot = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, KP)
+        g, d = tl.arange(0, GP), tl.arange(0, DP)
         head = kv_head * G + g
         of_head = tl.program_id(0).to(tl.int64) * K * G + head
         lse_g = tl.load(lse_ptr + of_head, mask=g < G, other=float("inf"))
         off_g = tl.load(off_ptr + of_head, mask=g < G, other=0.0)
-        most_off = tl.max(tl.where(g < G, off_g, float("-inf")))
-        least_off = tl.min(tl.where(g < G, off_g, float("inf")))
-        size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
-        share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
-        score = _score_of(_least(tl.where(taken, key, 0), 0x7FFFFFFF))
-        threshold = _key(tl.where((most_off < float("inf")) & (score > TINY), score * share, 0.0))
-        found = _list_candidates(score_row, chunk_row, lo, hi, threshold, NCH, CS, KP)
         q_gd = tl.load(
             q_ptr + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :],
             mask=(g < G)[:, None] & (d < D)[None, :],
             other=0.0,
         )
+        first, j = lo // CS, tl.arange(0, NCH)
+        chunks = (hi - 1) // CS - first + 1
+        chunk_max = tl.load(chunk_row + first + j, mask=j < chunks, other=0)
+        most_off = tl.max(tl.where(g < G, off_g, float("-inf")))
+        least_off = tl.min(tl.where(g < G, off_g, float("inf")))
+        size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
+        share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
+        share = tl.where(most_off < float("inf"), share, 0.0)
+        bound = _kth_score(score_row, chunk_max, chunks, lo, hi, need, CS, KP)
+        found, shift = _list_candidates(
+            score_row, chunk_row, chunk_max, first, lo, hi, need, bound, share, NCH, CS, LIST, CT
+        )
         keys = pooled_ptr + (tl.load(first_block_ptr + row).to(tl.int64) * K + kv_head) * D
-        listed = score_row.to(tl.pointer_type(tl.int32))
-        kept = _best_of_list(listed, found, out, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
+        listed_row = score_row.to(tl.pointer_type(tl.int32))
+        kept = _best_of_list(listed_row, found, shift, out, lo, hi, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
         block = tl.load(out + slot, mask=slot < kept, other=0)
         tl.debug_barrier()
         _emit(out, forced_first, block, slot < kept, own, local_blocks, k, KP2)
@@ -323,15 +406,15 @@ def _emit_official(
     old_equal = (old_key == threshold) & (old_key > 0)
     new_equal = (new_key == threshold) & (new_key > 0)
     ties = tl.sum(old_equal.to(tl.int32))
-    old_taken = old_above | (old_equal & (tl.cumsum(old_equal.to(tl.int32)) - 1 < room))
-    new_taken = new_above | (new_equal & (tl.cumsum(new_equal.to(tl.int32)) - 1 + ties < room))
+    old_taken = old_above | (old_equal & (_place(old_equal) < room))
+    new_taken = new_above | (new_equal & (_place(new_equal) + ties < room))
     tl.debug_barrier()
     count = tl.sum(old_taken.to(tl.int32))
     total = count + tl.sum(new_taken.to(tl.int32))
     slot = tl.arange(0, KP2)
     tl.store(out + slot, tl.where(slot == total, own, -1), mask=(slot < k) & (slot >= total))
-    tl.store(out + tl.cumsum(old_taken.to(tl.int32)) - 1, old, mask=old_taken)
-    tl.store(out + count + tl.cumsum(new_taken.to(tl.int32)) - 1, new, mask=new_taken)
+    tl.store(out + _place(old_taken), old, mask=old_taken)
+    tl.store(out + count + _place(new_taken), new, mask=new_taken)
 
 
 @triton.jit(do_not_specialize=["slab_row0", "k"])
