@@ -40,6 +40,7 @@ CASES = {
     "repeated keys in slabs": ([[400, 17]], 2, 1, 16, SparseSpec(16, 4), repeated),
     "resident queries": ([[1, 15, 300, 8]], 8, 2, 24, SparseSpec(16, 5, first_blocks=1, local_blocks=2), plain),
     "resident queries of many heads, in slabs": ([[340]], 16, 1, 16, SparseSpec(16, 4), spikes),
+    "resident queries, overflow": ([[330]], 4, 1, 16, SparseSpec(16, 4), overflowing),
 }
 
 
@@ -53,13 +54,13 @@ def compare(name: str) -> None:
     expected = select_blocks(q, k, spec, layout, backend="reference")
     selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
     selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
-    selection.refine_config = lambda *_: (16, None)
+    selection.refine_config = lambda *_: (8, None)  # short lists, long ones, and chunks instead of a list
     if "resident" in name:
-        selection.resident_config = lambda D, G, *_: TileConfig(2 * 64 // G, 16, Launch(4))  # also of two passes
+        selection.resident_config = lambda D, G, *_: TileConfig(2 * 64 // G, 16, Launch(4))
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
     one = 12 if change is plain else 0  # 12: for documents of at least 12 S / G tokens
-    for tokens in (one,) if "resident" in name or change is not plain else (one, 1 << 30):
+    for tokens in (one, 1 << 30) if change is plain or "resident" in name else (one,):
         selection.ONE_PASS_TOKENS = tokens
         assert torch.equal(select_blocks(q, k, spec, layout, backend="triton"), expected), tokens
 

@@ -12,6 +12,7 @@ CASES = (
     "repeated keys in slabs",
     "resident queries",
     "resident queries of many heads, in slabs",
+    "resident queries, overflow",
 )
 
 

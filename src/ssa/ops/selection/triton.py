@@ -65,9 +65,9 @@ def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
 def resident_config(
     D: int, G: int, itemsize: int, device_capability: tuple[int, int], guess: bool
 ) -> TileConfig | None:
-    """Of a score kernel that keeps the queries of all G heads of a tile in shared memory; None where another is faster
-    or G is no power of two."""
-    if not guess or D > 128 or itemsize > 2 or device_capability[0] != 9 or G not in (4, 8, 16, 32, 64):
+    """Of a kernel that keeps the queries of all G heads of a tile in shared memory; None where others are faster or G
+    is no power of two."""
+    if D > (128 if guess else 64) or itemsize > 2 or device_capability[0] != 9 or G not in (4, 8, 16, 32, 64):
         return None
     return TileConfig(256 // G, 32, Launch(4, 3, 128 if D <= 64 else None))
 
@@ -212,7 +212,8 @@ class _Call:
             first, tile = lse_config(self.D, self.where, run.guess), self.tiles[run.guess]
             assert first.tokens % tile.tokens == 0  # both agree on what is summed beside the scores
             self.tile_start = self.layout.block_grid(tile.tokens, self.q.device).block_start
-            self.log_sums(run, first)
+            if run.guess or not self.resident[False]:
+                self.log_sums(run, first)
             for slab in plan:
                 self.scores(slab, first.tokens, run.guess)
                 if run.guess:
@@ -247,7 +248,7 @@ class _Call:
         self.launch(lse_kernel, (tiles, self.H, 1), arguments, constants, first.how)
 
     def scores(self, slab: _Slab, tokens: int, guess: bool) -> None:
-        """Scores, their maxima by chunk and, with a guess, their sums by tile; ``tokens`` of a tile of L."""
+        """Scores, their maxima by chunk and, with a guess, their sums; ``tokens`` of a tile of L."""
         tile, rule = self.tiles[guess], self.rule
         arguments = (
             self.q, self.pooled, self.lse, self.score, self.chunk_max, self.part, self.tile_start, self.starts,
