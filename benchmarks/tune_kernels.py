@@ -57,7 +57,7 @@ def variants(D: int) -> list[Variant]:
     found: list[Variant] = [("shipped", "", {})]
     narrow = D <= 64
     for BT, BN, *how in ((128, 64, 4, 3), (128, 64, 4, 3, 96), (128, 32, 4, 3), (128, 32, 4, 3, 80), (64, 32, 4, 3)):
-        found.append(("lse", f"{BT}x{BN} {how}", {"lse": TileConfig(BT, BN, Launch(*how))}))
+        found.append(("lse", f"{BT}x{BN} {how}", {"resident": None, "lse": TileConfig(BT, BN, Launch(*how))}))
     tiles = tuple(
         TileConfig(BT, BN, Launch(*how)) for BT, BN, *how in (
             (64, 64, 4, 3, 96), (64, 64, 4, 3, 112), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 3, 168),
@@ -65,17 +65,16 @@ def variants(D: int) -> list[Variant]:
         )
     )  # fmt: skip
     for tile in tiles:
-        found.append(("score", f"{tile.tokens}x{tile.blocks} {list(tile.how)}", {"score": tile}))
-    found.append(("resident", "none", {"resident": None}))
+        label = f"{tile.tokens}x{tile.blocks} {list(tile.how)}"
+        found.append(("score", label, {"resident": None, "score": tile}))
     G = 16 if narrow else 4
     for BN, *how in ((32, 4, 3, 128), (32, 4, 2, 128), (32, 4, 3), (32, 8, 3), (64, 4, 3), (64, 8, 3), (16, 8, 3)):
         found.append(("resident", f"{BN} {how}", {"resident": TileConfig(64 * how[0] // G, BN, Launch(*how))}))
     for CT, registers in ((32, 64), (32, 72), (32, 80), (64, 96)):
         found.append(("refine", f"{CT} {registers}", {"refine": (CT, registers)}))
+    found.append(("passes", "one", {"one_pass": 0}))
     found.append(("passes", "two", {"one_pass": 1 << 30}))
-    for tile in tiles[:1] + tiles[4:5] + tiles[6:7]:
-        found.append(("passes", f"one {tile.tokens}x{tile.blocks}", {"one_pass": 0, "resident": None, "score": tile}))
-    found.append(("passes", "one, resident", {"one_pass": 0}))
+    found.append(("passes", "two, not resident", {"resident": None}))
     for bits in (26, 28):
         found.append(("slab", f"2^{bits}", {"slab": 1 << bits}))
     unions = (
@@ -199,10 +198,9 @@ def kernel_times(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     return times
 
 
-SCORES = ("score_kernel", "resident_score_kernel", "normalise_kernel")
-SELECTION = ("lse_kernel", *SCORES, "refine_kernel", "select_kernel")
+SELECTION = ("lse_kernel", "score_kernel", "resident_score_kernel", "refine_kernel", "select_kernel")
 COUNTED = {
-    "lse": ("lse_kernel", "refine_kernel"), "score": SCORES, "resident": (*SCORES, "lse_kernel"),
+    "lse": ("lse_kernel",), "score": ("score_kernel",), "resident": SELECTION,
     "refine": ("refine_kernel",), "slab": SELECTION, "passes": SELECTION,
     "union": ("union_kernel", "union_forward_kernel", "union_dq_kernel"),
     "token": ("token_forward_kernel", "token_dq_kernel"), "segment": ("dkv_kernel", "dkv_reduce_kernel"),

@@ -33,19 +33,17 @@ def repeated(q, k):
 
 CASES = {
     # name: document lengths per row, H, K, D, spec, change of the inputs
-    "documents around chunks": ([[1, 15, 400, 8]], 2, 1, 16, SparseSpec(16, 3), plain),
-    "forced blocks, two groups": ([[300]], 4, 2, 16, SparseSpec(16, 6, first_blocks=1, local_blocks=2), plain),
-    "hidden keys": ([[400]], 3, 1, 16, SparseSpec(16, 4), spikes),
-    "overflow": ([[400]], 2, 1, 16, SparseSpec(16, 4), overflowing),
-    "repeated keys in slabs": ([[400, 17]], 2, 1, 16, SparseSpec(16, 4), repeated),
-    "resident queries": ([[1, 15, 300, 8]], 8, 2, 24, SparseSpec(16, 5, first_blocks=1, local_blocks=2), plain),
-    "resident queries of many heads, in slabs": ([[340]], 16, 1, 16, SparseSpec(16, 4), spikes),
-    "resident queries, overflow": ([[330]], 4, 1, 16, SparseSpec(16, 4), overflowing),
+    "documents around chunks": ([[1, 15, 300, 8]], 4, 1, 16, SparseSpec(16, 3), plain),
+    "forced blocks, two groups": ([[180]], 8, 2, 24, SparseSpec(16, 6, first_blocks=1, local_blocks=2), plain),
+    "hidden keys": ([[340]], 4, 1, 16, SparseSpec(16, 4), spikes),
+    "overflow": ([[320]], 4, 1, 16, SparseSpec(16, 4), overflowing),
+    "repeated keys in slabs": ([[340, 17]], 4, 1, 16, SparseSpec(16, 4), repeated),
+    "many heads": ([[310]], 16, 1, 16, SparseSpec(16, 4), spikes),
 }
 
 
 def compare(name: str) -> None:
-    """One pass and, once, two passes choose what the reference chooses."""
+    """One pass and, where that is another matter, two with queries in shared memory or not: the reference's blocks."""
     lengths, H, K, D, spec, change = CASES[name]
     torch.manual_seed(0)
     layout = DocumentLayout.from_lengths(lengths)
@@ -55,14 +53,13 @@ def compare(name: str) -> None:
     selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
     selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
     selection.refine_config = lambda *_: (8, None)  # short lists, long ones, and chunks instead of a list
-    if "resident" in name:
-        selection.resident_config = lambda D, G, *_: TileConfig(2 * 64 // G, 16, Launch(4))
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
-    one = 12 if change is plain else 0  # 12: for documents of at least 12 S / G tokens
-    for tokens in (one, 1 << 30) if change is plain or "resident" in name else (one,):
-        selection.ONE_PASS_TOKENS = tokens
-        assert torch.equal(select_blocks(q, k, spec, layout, backend="triton"), expected), tokens
+    resident = TileConfig(128 * K // H, 16, Launch(4))
+    ways = [(resident, 50 if change is plain else 0), (resident, 1 << 30), (None, 0)]  # 50 * 16 / G: a document of 300
+    for tile, tokens in ways if change in (plain, overflowing) else ways[:1]:
+        selection.resident_config, selection.ONE_PASS_TOKENS = lambda *_, tile=tile: tile, tokens
+        assert torch.equal(select_blocks(q, k, spec, layout, backend="triton"), expected), (tile, tokens)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssa.documents import DocumentLayout
-from ssa.ops.selection.triton_kernels import lse_kernel, normalise_kernel, pool_kernel
+from ssa.ops.selection.triton_kernels import lse_kernel, pool_kernel
 from ssa.ops.selection.triton_scores import resident_score_kernel, score_kernel
 from ssa.ops.selection.triton_topk import refine_kernel, select_kernel, select_official_kernel
 from ssa.ops.spec import SparseSpec
@@ -44,12 +44,10 @@ class TileConfig(NamedTuple):
 
 
 @cache
-def lse_config(D: int, device_capability: tuple[int, int], guess: bool) -> TileConfig:
+def lse_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
     """Measured on an H200 (docs/kernels.md); smaller tiles where shared memory is smaller or rows are longer."""
     if D > 128 or device_capability < (9, 0):
         return TileConfig(64, 32 if D > 128 else 64, Launch(4, 2))
-    if guess:
-        return TileConfig(128, 32, Launch(4, 3))
     return TileConfig(128, 64, Launch(4, 3, 96) if D <= 64 else Launch(4, 2))
 
 
@@ -65,9 +63,10 @@ def score_config(D: int, device_capability: tuple[int, int]) -> TileConfig:
 def resident_config(
     D: int, G: int, itemsize: int, device_capability: tuple[int, int], guess: bool
 ) -> TileConfig | None:
-    """Of a kernel that keeps the queries of all G heads of a tile in shared memory; None where others are faster or G
-    is no power of two."""
-    if D > (128 if guess else 64) or itemsize > 2 or device_capability[0] != 9 or G not in (4, 8, 16, 32, 64):
+    """Of the kernel that keeps the queries of all G heads of a tile in shared memory, which one pass needs. None: it
+    would be slower, or G is no power of two."""
+    serves = itemsize == 2 and device_capability[0] == 9 and G in (4, 8, 16, 32, 64)
+    if not serves or D > 128 or (D > 64 and not guess):
         return None
     return TileConfig(256 // G, 32, Launch(4, 3, 128 if D <= 64 else None))
 
@@ -176,12 +175,12 @@ class _Call:
         (self.q, self.q_stride), (self.k, self.k_stride) = rows(q), rows(k)
         self.DP, self.c, self.G = max(16, next_power_of_two(self.D)), scale * LOG2E, self.H // self.K
         long = ceil_div(ONE_PASS_TOKENS * self.S, self.G)
-        self.runs = _runs(self.layout, self.layout.max_length + 1 if rule.official else long)
         self.where = capability(device.index)
         kind = self.D, self.G, q.dtype.itemsize, self.where
-        #: Without and with a guess.
-        self.resident = tuple(resident_config(*kind, guess) for guess in (False, True))
-        self.tiles = tuple(tile or score_config(self.D, self.where) for tile in self.resident)
+        one, self.resident = resident_config(*kind, True), resident_config(*kind, False)
+        self.runs = _runs(self.layout, self.layout.max_length + 1 if rule.official or not one else long)
+        two = self.resident or score_config(self.D, self.where)
+        self.tiles = two, one or two  # without and with a guess
         self.sizes = (self.D, self.DP, self.S)
         self.launch = Launcher(device, q.dtype, self.H, self.K, self.D, self.q_stride, self.k_stride)
         self.out = torch.empty(B, T, self.K, rule.num_blocks, dtype=torch.int32, device=device)
@@ -192,32 +191,30 @@ class _Call:
     def select(self) -> Tensor:
         """All launches; int32 ``[B, T, K, num_blocks]``."""
         self.pool()
-        self.lse = self.floats(self.H, self.N)
         widest = max(self.tiles[run.guess].blocks for run in self.runs)
         self.width = ceil_div(self.layout.max_length, self.S * widest) * widest
         self.chunk = chunk_blocks(self.width, self.S, self.rule.official)
         slabs = {
             run: _slabs(self.layout, self.S, self.K, self.width, self.tiles[run.guess].tokens, run) for run in self.runs
         }
-        self.held = max(slab.rows for plan in slabs.values() for slab in plan)
-        self.score = self.floats(self.held, self.K, self.width)
+        held = max(slab.rows for plan in slabs.values() for slab in plan)
+        self.score = self.floats(held, self.K, self.width)
         chunks = self.width // self.chunk
-        self.chunk_max = torch.empty(self.held, self.K, chunks, dtype=torch.int32, device=self.q.device)
-        self.edge = self.part = self.lse  # unused without a guess
+        self.chunk_max = torch.empty(held, self.K, chunks, dtype=torch.int32, device=self.q.device)
+        self.lse = self.off = self.score  # unused in two passes
         if any(run.guess for run in self.runs):
-            self.edge = self.floats(self.H, self.N)
-            self.part = self.floats(1 if self.resident[True] else self.width // widest, self.H, self.held)
-            self.true_lse, self.off = self.floats(2, self.held, self.H)
+            self.lse, self.off = self.floats(held, self.H), self.floats(held, self.H)
         for run, plan in slabs.items():
-            first, tile = lse_config(self.D, self.where, run.guess), self.tiles[run.guess]
-            assert first.tokens % tile.tokens == 0  # both agree on what is summed beside the scores
-            self.tile_start = self.layout.block_grid(tile.tokens, self.q.device).block_start
-            if run.guess or not self.resident[False]:
-                self.log_sums(run, first)
+            self.tile_start = self.layout.block_grid(self.tiles[run.guess].tokens, self.q.device).block_start
+            resident = run.guess or self.resident
+            lse = None if resident else self.log_sums(run)
             for slab in plan:
-                self.scores(slab, first.tokens, run.guess)
+                if lse is None:
+                    self.scores_of_resident(slab, run.guess)
+                else:
+                    self.scores(slab, lse)
                 if run.guess:
-                    self.refine(slab, first.tokens)
+                    self.refine(slab)
                 else:
                     self.choose(slab)
         return self.out
@@ -235,33 +232,41 @@ class _Call:
         )  # fmt: skip
         self.launch(pool_kernel, (grid.num_blocks, self.K, 1), arguments, (*self.sizes, COARSE_BLOCKS), Launch(4))
 
-    def log_sums(self, run: _Run, first: TileConfig) -> None:
-        """L of every query and head of a run, or a guess of it."""
-        tile_start = self.layout.block_grid(first.tokens, self.q.device).block_start
-        first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, self.q.device).first_block
+    def log_sums(self, run: _Run) -> Tensor:
+        """L ``[H, N]`` of every query and head of a run."""
+        first = lse_config(self.D, self.where)
+        lse, tile_start = self.floats(self.H, self.N), self.layout.block_grid(first.tokens, self.q.device).block_start
         tile, tiles = _tiles(self.layout, first.tokens, run)
         arguments = (
-            self.q, self.pooled, self.coarse, self.lse, self.edge, tile_start, self.starts, self.grid.first_block,
-            first_chunk, tile, tiles, *self.q_stride, self.N, self.K, self.c, self.G,
+            self.q, self.pooled, lse, tile_start, self.starts, self.grid.first_block, tile, tiles, *self.q_stride,
+            self.N, self.K, self.c, self.G,
         )  # fmt: skip
-        constants = (*self.sizes, first.tokens, first.blocks, COARSE_BLOCKS, run.guess, self.tiles[run.guess].blocks)
-        self.launch(lse_kernel, (tiles, self.H, 1), arguments, constants, first.how)
+        self.launch(lse_kernel, (tiles, self.H, 1), arguments, (*self.sizes, first.tokens, first.blocks), first.how)
+        return lse
 
-    def scores(self, slab: _Slab, tokens: int, guess: bool) -> None:
-        """Scores, their maxima by chunk and, with a guess, their sums; ``tokens`` of a tile of L."""
-        tile, rule = self.tiles[guess], self.rule
+    def scores(self, slab: _Slab, lse: Tensor) -> None:
+        """Scores and their maxima by chunk."""
+        tile, rule = self.tiles[False], self.rule
         arguments = (
-            self.q, self.pooled, self.lse, self.score, self.chunk_max, self.part, self.tile_start, self.starts,
-            self.grid.first_block, slab.tile, slab.tiles, slab.row, self.held, *self.q_stride, self.N, self.K,
+            self.q, self.pooled, lse, self.score, self.chunk_max, self.tile_start, self.starts, self.grid.first_block,
+            slab.tile, slab.tiles, slab.row, *self.q_stride, self.N, self.K, self.width, self.c, rule.first_blocks,
+            rule.local_blocks, self.G,
+        )  # fmt: skip
+        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk)
+        grid = (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K)
+        self.launch(score_kernel, grid, arguments, constants, tile.how)
+
+    def scores_of_resident(self, slab: _Slab, guess: bool) -> None:
+        """L, or a guess of it, scores and their maxima by chunk; with a guess, then L."""
+        tile, rule = self.tiles[guess], self.rule
+        first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, self.q.device).first_block
+        arguments = (
+            self.q, self.pooled, self.coarse, self.score, self.chunk_max, self.lse, self.off, self.tile_start,
+            self.starts, self.grid.first_block, first_chunk, slab.tile, slab.tiles, slab.row, *self.q_stride, self.K,
             self.width, self.c, rule.first_blocks, rule.local_blocks,
         )  # fmt: skip
-        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, tokens, guess)
-        if self.resident[guess]:
-            grid = (slab.tiles, self.K, 1)
-            self.launch(resident_score_kernel, grid, arguments, (*constants, self.G), tile.how)
-        else:
-            grid = (ceil_div(slab.seen, tile.blocks), slab.tiles, self.K)
-            self.launch(score_kernel, grid, (*arguments, self.G), constants, tile.how)
+        constants = (*self.sizes, tile.tokens, tile.blocks, self.chunk, COARSE_BLOCKS, guess, self.G)
+        self.launch(resident_score_kernel, (slab.tiles, self.K, 1), arguments, constants, tile.how)
 
     def top(self, slab: _Slab) -> tuple[tuple[int, ...], int]:
         """Constants of a top-k over the slab's rows, and warps of a row."""
@@ -282,18 +287,11 @@ class _Call:
         kernel = select_official_kernel if rule.official else select_kernel
         self.launch(kernel, (slab.rows, self.K, 1), arguments, (self.S, *constants), Launch(warps))
 
-    def refine(self, slab: _Slab, tokens: int) -> None:
-        """Top-k of scores under a guess: true L, then what may be among the best again."""
-        tile, rule, (constants, warps) = self.tiles[True], self.rule, self.top(slab)
-        arguments: tuple[Any, ...] = (
-            self.q, self.pooled, self.lse, self.edge, self.part, self.true_lse, self.off, self.tile_start, self.starts,
-            self.grid.first_block, slab.tile, slab.row, self.held, len(self.part), *self.q_stride, self.N, self.K,
-            self.c, self.G,
-        )  # fmt: skip
-        tiles = (*self.sizes, tile.tokens, tile.blocks, tokens)
-        self.launch(normalise_kernel, (slab.tiles, self.H, 1), arguments, tiles, Launch(4))
+    def refine(self, slab: _Slab) -> None:
+        """Top-k of scores under a guess: what may be among the best again."""
+        rule, (constants, warps) = self.rule, self.top(slab)
         arguments = (
-            self.q, self.pooled, self.true_lse, self.off, self.score, self.chunk_max, self.out, self.starts,
+            self.q, self.pooled, self.lse, self.off, self.score, self.chunk_max, self.out, self.starts,
             self.grid.first_block, slab.row, *self.q_stride, self.K, self.width, rule.num_blocks, self.c,
             rule.first_blocks, rule.local_blocks, self.G,
         )  # fmt: skip

@@ -8,11 +8,11 @@ Score of block n for KV head g at token t (paper section 3), with c = scale * lo
 The dot products are recomputed instead of storing a [T, H, blocks] tensor, and exponentials bound the time. Two ways:
 
 * *two passes* over the blocks: L first, then the scores.
-* *one pass*: a guess L' of L from the mean key of every R blocks; then scores under the guess and, beside them, the
-  sums which tell how wrong it was. With 2^(L - L') between lo and hi for the heads of a group, a block's true score
-  is its score under the guess divided by something between lo and hi. So if k blocks have a score under the guess
-  of at least x, then the k best have at least x lo/hi, and ranking the few blocks that have it by their true scores
-  (`triton_topk.py`) gives the same blocks as two passes. A bad guess makes that list longer, never wrong.
+* *one pass*: a guess L' of L from the mean key of every R blocks; then scores under the guess and, by the same
+  exponentials, L, which tells how wrong the guess was. With 2^(L - L') between lo and hi for the heads of a group, a
+  block's true score is its score under the guess divided by something between lo and hi. So if k blocks have a score
+  under the guess of at least x, the k best have at least x lo / hi: scoring those few again (`triton_topk.py`) gives
+  the same blocks as two passes. A bad guess makes that list longer, never wrong.
 
 Scores (`triton_scores.py`) go to a slab that holds a bounded number of tokens, with the maximum of every CS blocks.
 
@@ -29,8 +29,8 @@ import triton.language as tl
 
 NOTHING = tl.constexpr(float("-inf"))
 LARGE = tl.constexpr(2.0**100)  # a sum below it has not overflowed
-EDGE = tl.constexpr(16)  # first blocks that are taken one by one; most blocks after the last whole chunk
-CREDIBLE = tl.constexpr(2.0**60)  # a sum under a guess beyond this factor is computed again
+EDGE = tl.constexpr(16)  # first blocks, and last ones, that are taken one by one
+CREDIBLE = tl.constexpr(2.0**60)  # a guess that is off by more says nothing
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -96,12 +96,6 @@ def _masked_logits(q_td, keys, block, complete, most, stride, c, D: tl.constexpr
 
 
 @triton.jit
-def _summed_before(position, S: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    """Blocks in tiles of BN that all tokens of ``position``'s tile of BT tokens see whole: `score_kernel` sums them."""
-    return (position // BT * BT + 1) // S // BN * BN
-
-
-@triton.jit
 def _lse_with_maximum(q_td, keys, complete, most, stride, c, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
     """L of rows with any logits, in two walks over the blocks."""
     n = tl.arange(0, 16)
@@ -119,13 +113,10 @@ def _lse_with_maximum(q_td, keys, complete, most, stride, c, D: tl.constexpr, DP
 def lse_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
-    coarse_ptr,  # [chunks, K, D]
     lse_ptr,  # [H, N] float32, base 2; +inf where no block is complete, so that 2^(s - L) = 0
-    edge_ptr,  # [H, N] float32, with a guess: sum of 2^(s - L') over the blocks from `_summed_before` on
     tile_start_ptr,
     starts_ptr,
     first_block_ptr,
-    first_chunk_ptr,
     tile0,
     num_tiles,
     q_row,
@@ -139,15 +130,11 @@ def lse_kernel(
     S: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    R: tl.constexpr,
-    GUESS: tl.constexpr,
-    SB: tl.constexpr,
 ):
-    """L over the blocks complete at each token, or a guess of it; the longest tiles of a document start first.
+    """L over the blocks complete at each token; the longest tiles of a document start first.
 
-    The first blocks and the last ones are taken one by one. Between them a guess counts R times the mean key of each
-    chunk. Sums are relative to the largest logit of the blocks at both edges, not to a running maximum. Only a row
-    whose sum leaves the range of float32 that way is done again.
+    The first blocks and the last ones are taken one by one. Sums are relative to the largest logit of these, not to a
+    running maximum. Only a row whose sum leaves the range of float32 that way is done again.
     """
     head = tl.program_id(1)
     kv_head = head // G
@@ -164,110 +151,24 @@ def lse_kernel(
     least, most = (position0 + 1) // S, (position0 + rows) // S  # of the tile's first and last token
     stride = K * D
     keys = pooled_ptr + (first_block.to(tl.int64) * K + kv_head) * D
-    tl.static_assert(R - 1 + BT // S + 1 <= EDGE, "the blocks after the last whole chunk must fit the edge")
-    j = tl.arange(0, 2 * EDGE)
-    if GUESS:
-        tail = _summed_before(position0, S, BT, SB)
-        recent = tl.maximum(most - EDGE, EDGE)
-    else:
-        tail = tl.maximum(least // R * R, EDGE)
-        recent = tail
-    x_tn = _masked_logits(q_td, keys, tl.where(j < EDGE, j, recent + j - EDGE), complete, most, stride, c, D, DP)
+    tl.static_assert(EDGE // 2 + BT // S <= EDGE, "the blocks after the last whole half of an edge must fit the edge")
+    j, n = tl.arange(0, 2 * EDGE), tl.arange(0, BN)
+    tail = tl.maximum(least // (EDGE // 2) * (EDGE // 2), EDGE)
+    x_tn = _masked_logits(q_td, keys, tl.where(j < EDGE, j, tail + j - EDGE), complete, most, stride, c, D, DP)
     m = tl.where(complete > 0, tl.ceil(tl.max(x_tn, 1)), 0.0)
-    e_tn = tl.exp2(x_tn - m[:, None])
-    if GUESS:
-        l = tl.sum(tl.where((j < EDGE) & (j < tail), e_tn, 0.0), 1)
-        middle = coarse_ptr + (tl.load(first_chunk_ptr + row0).to(tl.int64) * K + kv_head) * D
-        lo, hi, weight = EDGE // R, tl.maximum(tail, EDGE) // R, R
-    else:
-        l = tl.sum(e_tn, 1)
-        middle = keys
-        lo, hi, weight = EDGE + 0, tail, 1
-    n = tl.arange(0, BN)
-    between = tl.zeros([BT], tl.float32)
-    full = lo + (hi - lo) // BN * BN
-    for n0 in range(lo, full, BN):
-        k_nd = tl.load(middle + (n0 + n).to(tl.int64)[:, None] * stride + d[None, :], mask=(d < D)[None, :], other=0.0)
+    l = tl.sum(tl.exp2(x_tn - m[:, None]), 1)
+    full = EDGE + (tail - EDGE) // BN * BN
+    for n0 in range(EDGE, full, BN):
+        k_nd = tl.load(keys + (n0 + n).to(tl.int64)[:, None] * stride + d[None, :], mask=(d < D)[None, :], other=0.0)
         s_tn = tl.dot(q_td, tl.trans(k_nd), input_precision="ieee")
-        between += tl.sum(tl.exp2(s_tn * c - m[:, None]), 1)
-    if full < hi:
-        everyone = tl.full([BT], 0, tl.int32) + hi
-        rest_tn = _masked_logits(q_td, middle, full + n, everyone, hi, stride, c, D, DP)
-        between += tl.sum(tl.exp2(rest_tn - m[:, None]), 1)
-    l += weight * between
+        l += tl.sum(tl.exp2(s_tn * c - m[:, None]), 1)
+    if full < tail:
+        everyone = tl.full([BT], 0, tl.int32) + tail
+        rest_tn = _masked_logits(q_td, keys, full + n, everyone, tail, stride, c, D, DP)
+        l += tl.sum(tl.exp2(rest_tn - m[:, None]), 1)
     out = head.to(tl.int64) * N + row
-    if GUESS:
-        last, i = tl.zeros([BT], tl.float32), tl.arange(0, EDGE)
-        for n0 in range(tail, most, EDGE):
-            last_tn = _masked_logits(q_td, keys, n0 + i, complete, most, stride, c, D, DP)
-            last += tl.sum(tl.exp2(last_tn - m[:, None]), 1)
-        guess = tl.where(complete > 0, m + tl.log2(tl.minimum(l + last, LARGE)), float("inf"))
-        tl.store(lse_ptr + out, guess, mask=t < rows)
-        tl.store(edge_ptr + out, last * tl.exp2(m - guess), mask=t < rows)
-    else:
-        fits = (l < LARGE) & ((l > 0) | (complete == 0))
-        tl.store(lse_ptr + out, tl.where(complete > 0, m + tl.log2(l), float("inf")), mask=(t < rows) & fits)
-        if tl.min(fits.to(tl.int32)) == 0:
-            again = _lse_with_maximum(q_td, keys, complete, most, stride, c, D, DP, BT)
-            tl.store(lse_ptr + out, again, mask=(t < rows) & (fits == 0))
-
-
-@triton.jit(do_not_specialize=["tile0", "slab_row0", "slab_rows", "parts", "N"])
-def normalise_kernel(
-    q_ptr,  # [N, H, D]
-    pooled_ptr,  # [blocks, K, D]
-    guess_ptr,  # [H, N]: the guess under which the sums were taken
-    edge_ptr,  # [H, N]
-    part_ptr,  # [parts, H, tokens of the slab]
-    lse_ptr,  # [tokens of the slab, H]: L
-    off_ptr,  # [tokens of the slab, H]: L - L'; +inf if too far apart for sums of float32
-    tile_start_ptr,
-    starts_ptr,
-    first_block_ptr,
-    tile0,
-    slab_row0,
-    slab_rows,
-    parts,
-    q_row,
-    q_head,
-    N,
-    K,
-    c,
-    G,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    S: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    LT: tl.constexpr,
-):
-    """L of one tile of tokens and one head from the sums under the guess."""
-    head = tl.program_id(1)
-    row0, rows, position0, first_block = _tile(tile0 + tl.program_id(0), tile_start_ptr, starts_ptr, first_block_ptr)
-    t, j = tl.arange(0, BT), tl.arange(0, 8)
-    row, live = row0.to(tl.int64) + t, t < rows
-    complete, most = (position0 + t + 1) // S, (position0 + rows) // S
-    summed = tl.minimum(_summed_before(position0, S, LT, BN) // BN, parts)
-    step = (tl.zeros([], tl.int64) + slab_rows) * K * G
-    of_head = part_ptr + head.to(tl.int64) * slab_rows + row - slab_row0
-    l = tl.load(edge_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
-    for j0 in range(0, summed, 8):
-        mask = (j0 + j < summed)[:, None] & live[None, :]
-        l += tl.sum(tl.load(of_head[None, :] + (j0 + j).to(tl.int64)[:, None] * step, mask=mask, other=0.0), 0)
-    guess = tl.load(guess_ptr + head.to(tl.int64) * N + row, mask=live, other=0.0)
-    seen = live & (complete > 0)
-    credible = ((l < CREDIBLE) & (l > 1 / CREDIBLE)) | (seen == 0)
-    off = tl.where(credible, tl.log2(tl.where(seen & credible, l, 1.0)), float("inf"))
-    out = (row - slab_row0) * K * G + head
-    tl.store(off_ptr + out, off, mask=live)
-    tl.store(lse_ptr + out, tl.where(seen, guess + off, float("inf")), mask=live & credible)
-    if tl.min(credible.to(tl.int32)) == 0:
-        d, kv_head = tl.arange(0, DP), head // G
-        q_td = tl.load(
-            q_ptr + row[:, None] * q_row + head * q_head + d[None, :],
-            mask=live[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        keys = pooled_ptr + (first_block.to(tl.int64) * K + kv_head) * D
-        again = _lse_with_maximum(q_td, keys, complete, most, K * D, c, D, DP, BT)
-        tl.store(lse_ptr + out, again, mask=live & (credible == 0))
+    fits = (l < LARGE) & ((l > 0) | (complete == 0))
+    tl.store(lse_ptr + out, tl.where(complete > 0, m + tl.log2(l), float("inf")), mask=(t < rows) & fits)
+    if tl.min(fits.to(tl.int32)) == 0:
+        again = _lse_with_maximum(q_td, keys, complete, most, stride, c, D, DP, BT)
+        tl.store(lse_ptr + out, again, mask=(t < rows) & (fits == 0))
