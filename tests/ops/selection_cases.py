@@ -52,7 +52,7 @@ def compare(name: str) -> None:
     expected = select_blocks(q, k, spec, layout, backend="reference")
     selection.lse_config = lambda *_: TileConfig(32, 16, Launch(4))  # small tiles have sums, chunks and edges
     selection.score_config = lambda *_: TileConfig(32, 8, Launch(4))
-    selection.refine_config = lambda *_: (8, None)  # short lists, long ones, and chunks instead of a list
+    selection.refine_config = lambda *_: (8, None)  # lists that are taken at once, and in parts
     if "slabs" in name:
         selection.SLAB_ELEMENTS = 1 << 13
     resident = TileConfig(128 * K // H, 16, Launch(4))

@@ -296,8 +296,7 @@ class _Call:
             rule.first_blocks, rule.local_blocks, self.G,
         )  # fmt: skip
         at_a_time, registers = refine_config(self.D, rule.free)
-        listed = min(2 * at_a_time, next_power_of_two(self.width + 1) // 4)  # a row has room for twice as many
-        constants = (*self.sizes, *constants, max(16, next_power_of_two(self.G)), at_a_time, listed)
+        constants = (*self.sizes, *constants, max(16, next_power_of_two(self.G)), at_a_time)
         self.launch(refine_kernel, (slab.rows, self.K, 1), arguments, constants, Launch(warps, 2, registers))
 
 

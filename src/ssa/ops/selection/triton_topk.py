@@ -87,29 +87,37 @@ def _largest(key, need, highest, least):
 
 
 @triton.jit
-def _best_of_chunks(
+def _in_best_chunks(
     score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
 ):
-    """Blocks ``[KP, CS]`` in ``[lo, hi)``, their keys, and the mask of the ``need`` best (``need <= KP``).
+    """Blocks ``[KP, CS]`` in ``[lo, hi)`` of the chunks with the ``need`` largest maxima, and their keys; the largest
+    key and one that ``need`` keys reach, or all positive ones; the maxima of all chunks.
 
     ``scratch`` has at least ``need`` integers that nobody else uses; it carries the chosen chunks across lanes.
     """
     first = lo // CS
     chunks = tl.where(hi > lo, (hi - 1) // CS - first + 1, 0)
-    j = tl.arange(0, NCH)
-    largest = tl.load(chunk_max_ptr + first + j, mask=j < chunks, other=0)
-    highest = tl.max(largest)
-    chosen = _largest(largest, tl.minimum(chunks, need), highest, _least(largest, highest))
-    reached = _least(tl.where(chosen, largest, 0), highest)  # by one block of every chosen chunk
+    j, slot = tl.arange(0, NCH), tl.arange(0, KP)
+    maxima = tl.load(chunk_max_ptr + first + j, mask=j < chunks, other=0)
+    highest = tl.max(maxima)
+    chosen = _largest(maxima, tl.minimum(chunks, need), highest, _least(maxima, highest))
+    reached = _least(tl.where(chosen, maxima, 0), highest)  # by one block of every chosen chunk
     tl.store(scratch + _place(chosen), first + j, mask=chosen)
     tl.debug_barrier()
-    slot = tl.arange(0, KP)
     chunk = tl.load(scratch + slot, mask=slot < tl.minimum(chunks, need), other=hi)  # `hi` is beyond the last
     block = chunk[:, None] * CS + tl.arange(0, CS)[None, :]
     valid = (block >= lo) & (block < hi)
     key = tl.where(valid, _key(tl.load(score_ptr + block, mask=valid, other=0.0)), 0)
     tl.debug_barrier()
-    least = tl.where(chunks >= need, reached, tl.minimum(highest, 1))
+    return block, key, highest, tl.where(chunks >= need, reached, tl.minimum(highest, 1)), maxima
+
+
+@triton.jit
+def _best_of_chunks(
+    score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH: tl.constexpr, CS: tl.constexpr, KP: tl.constexpr
+):
+    """Blocks ``[KP, CS]`` in ``[lo, hi)``, their keys, and the mask of the ``need`` best (``need <= KP``)."""
+    block, key, highest, least, _ = _in_best_chunks(score_ptr, chunk_max_ptr, scratch, lo, hi, need, NCH, CS, KP)
     return block, key, _largest(key, tl.minimum(tl.maximum(hi - lo, 0), need), highest, least)
 
 
@@ -164,93 +172,34 @@ def _score_of(key):
 
 
 @triton.jit
-def _kth_score(score_row, chunk_max, chunks, lo, hi, need, CS: tl.constexpr, KP: tl.constexpr):
-    """A key that ``need`` of the blocks in ``[lo, hi)`` reach: by their chunks' maxima if that many chunks exist."""
-    if chunks >= need:
-        highest = tl.max(chunk_max)
-        bound, _ = _search(chunk_max, need, highest, _least(chunk_max, highest))
-    else:
-        e = tl.arange(0, KP * CS)
-        key = tl.where(lo + e < hi, _key(tl.load(score_row + lo + e, mask=lo + e < hi, other=0.0)), 0)
-        highest = tl.max(key)
-        bound, _ = _search(key, need, highest, _least(key, highest))
-    return bound
+def _list_candidates(score_row, chunk_row, maxima, lo, hi, threshold, NCH: tl.constexpr, CS: tl.constexpr):
+    """Write the blocks in ``[lo, hi)`` whose key reaches ``threshold`` over the row's scores, ascending; their number.
 
-
-@triton.jit
-def _reduced(bound, share):
-    """The key of ``share`` of the score behind ``bound``; the least one if that score is too small, or no number."""
-    score = _score_of(bound)
-    return _key(tl.where((score > TINY) & (share > 0), score * share, 0.0))
-
-
-@triton.jit
-def _tighten(listed_row, found, need, threshold, share, LIST: tl.constexpr):
-    """Keep of the ``found`` listed blocks, whose keys reach ``threshold``, those that reach ``share`` of the
-    ``need``-th best; their number."""
-    e = tl.arange(0, LIST)
-    block = tl.load(listed_row + e, mask=e < found, other=0)
-    key = tl.load(listed_row + LIST + e, mask=e < found, other=0)
-    tight, _ = _search(key, need, tl.max(key), threshold)
-    kept = (key >= _reduced(tight, share)) & (e < found)
-    tl.debug_barrier()
-    tl.store(listed_row + _place(kept), block, mask=kept)
-    return tl.sum(kept.to(tl.int32))
-
-
-@triton.jit
-def _list_candidates(
-    score_row, chunk_row, chunk_max, first, lo, hi, need, bound, share, NCH: tl.constexpr, CS: tl.constexpr,
-    LIST: tl.constexpr, CT: tl.constexpr,
-):  # fmt: skip
-    """Write what may hold the ``need`` best blocks in ``[lo, hi)`` over the row's scores, as units of 2^shift blocks,
-    ascending; how many blocks these are, and shift. CS: 8, 16 or 32.
-
-    Units are single blocks, unless more than LIST reach ``share`` of ``bound``: then chunks. Where more than CT reach
-    it, the bound is tightened to the ``need``-th best of them. 2 LIST scores are read at a time, so that the list and
-    its keys, which take the place of the first 2 LIST, stay behind what is still to be read.
+    The list of chunks that hold one goes over the row's chunk maxima. Both lists stay behind what is still to be read.
     """
-    threshold = _reduced(bound, share)
-    listed_row = score_row.to(tl.pointer_type(tl.int32))
-    j = tl.arange(0, NCH)
-    holds = chunk_max >= threshold
+    AT_A_TIME: tl.constexpr = 128 // CS
+    holds, j = maxima >= threshold, tl.arange(0, NCH)
+    tl.store(chunk_row + _place(holds), lo // CS + j, mask=holds)
     tl.debug_barrier()
-    tl.store(chunk_row + _place(holds), first + j, mask=holds)
-    tl.debug_barrier()
-    chunks, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
-    slot, column = tl.arange(0, 2 * LIST // CS), tl.arange(0, CS)
-    for i in range(0, chunks, 2 * LIST // CS):
-        chunk = tl.load(chunk_row + i + slot, mask=i + slot < chunks, other=hi)  # `hi` is beyond the last
+    listed, found = tl.sum(holds.to(tl.int32)), tl.zeros([], tl.int32)
+    slot, column = tl.arange(0, AT_A_TIME), tl.arange(0, CS)
+    for i in range(0, listed, AT_A_TIME):
+        chunk = tl.load(chunk_row + i + slot, mask=i + slot < listed, other=hi)
         block = chunk[:, None] * CS + column[None, :]
         valid = (block >= lo) & (block < hi)
-        key = tl.where(valid, _key(tl.load(score_row + block, mask=valid, other=0.0)), 0)
-        reaches = key >= threshold
-        place = found + _place(reaches)
-        fits = reaches & (place < LIST)
+        reaches = valid & (_key(tl.load(score_row + block, mask=valid, other=0.0)) >= threshold)
         tl.debug_barrier()
-        tl.store(listed_row + place, block, mask=fits)
-        tl.store(listed_row + LIST + place, key, mask=fits)
+        tl.store(score_row.to(tl.pointer_type(tl.int32)) + found + _place(reaches), block, mask=reaches)
         found += tl.sum(reaches.to(tl.int32))
     tl.debug_barrier()
-    shift = tl.zeros([], tl.int32)
-    if found > LIST:
-        chunk = tl.load(chunk_row + j, mask=j < chunks, other=0)
-        tl.store(listed_row + j, chunk, mask=j < chunks)
-        found, shift = chunks * CS, shift + (3 if CS == 8 else 4 if CS == 16 else 5)
-    elif found > CT:
-        found = _tighten(listed_row, found, need, threshold, share, LIST)
-    tl.debug_barrier()
-    return found, shift
+    return found
 
 
 @triton.jit
 def _best_of_list(
-    listed_row,
+    listed_ptr,
     found,
-    shift,
     out,
-    lo,
-    hi,
     need,
     q_gd,
     lse_g,
@@ -261,8 +210,7 @@ def _best_of_list(
     DP: tl.constexpr,
     CT: tl.constexpr,
 ):
-    """Write the ``need`` blocks in ``[lo, hi)`` with the best true scores among the ``found`` in units of 2^shift to
-    ``out``, ascending; their number.
+    """Write the ``need`` of the ``found`` listed blocks with the best true scores to ``out``, ascending; their number.
 
     Takes CT blocks at a time: the best so far, then as many new ones as fit; ``need < CT``.
     """
@@ -270,17 +218,15 @@ def _best_of_list(
     taken, kept = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     while taken < found:
         size = kept + tl.minimum(CT - kept, found - taken)
-        new = taken + e - kept
-        unit = tl.load(listed_row + (new >> shift), mask=(e >= kept) & (e < size), other=0)
-        block = tl.where(e < kept, tl.load(out + e, mask=e < kept, other=0), (unit << shift) + new % (1 << shift))
-        valid = (e < size) & (block >= lo) & (block < hi)
+        block = tl.load(out + e, mask=e < kept, other=0)
+        block += tl.load(listed_ptr + taken + e - kept, mask=(e >= kept) & (e < size), other=0)
         k_nd = tl.load(
             keys + block.to(tl.int64)[:, None] * stride + d[None, :],
-            mask=valid[:, None] & (d < D)[None, :],
+            mask=(e < size)[:, None] & (d < D)[None, :],
             other=0.0,
         )
         s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
-        key = tl.where(valid, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
+        key = tl.where(e < size, _key(tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)), 0)
         highest = tl.max(key)
         best = _largest(key, tl.minimum(size, need), highest, _least(key, highest))
         tl.debug_barrier()
@@ -321,7 +267,6 @@ def refine_kernel(
     KP2: tl.constexpr,
     GP: tl.constexpr,
     CT: tl.constexpr,
-    LIST: tl.constexpr,
 ):
     """Exact top-k of one row from scores under a guess: those that may be among the best are scored again."""
     kv_head, slab_row = tl.program_id(1), tl.program_id(0).to(tl.int64) * K + tl.program_id(1)
@@ -345,21 +290,18 @@ def refine_kernel(
             mask=(g < G)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        first, j = lo // CS, tl.arange(0, NCH)
-        chunks = (hi - 1) // CS - first + 1
-        chunk_max = tl.load(chunk_row + first + j, mask=j < chunks, other=0)
         most_off = tl.max(tl.where(g < G, off_g, float("-inf")))
         least_off = tl.min(tl.where(g < G, off_g, float("inf")))
         size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
         share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
-        share = tl.where(most_off < float("inf"), share, 0.0)
-        bound = _kth_score(score_row, chunk_max, chunks, lo, hi, need, CS, KP)
-        found, shift = _list_candidates(
-            score_row, chunk_row, chunk_max, first, lo, hi, need, bound, share, NCH, CS, LIST, CT
-        )
+        _, key, highest, least, maxima = _in_best_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
+        bound, _ = _search(key, need, highest, least)  # at most the score of the last of the best under the guess
+        score = _score_of(bound)
+        threshold = _key(tl.where((most_off < float("inf")) & (score > TINY), score * share, 0.0))
+        found = _list_candidates(score_row, chunk_row, maxima, lo, hi, threshold, NCH, CS)
         keys = pooled_ptr + (tl.load(first_block_ptr + row).to(tl.int64) * K + kv_head) * D
-        listed_row = score_row.to(tl.pointer_type(tl.int32))
-        kept = _best_of_list(listed_row, found, shift, out, lo, hi, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
+        listed = score_row.to(tl.pointer_type(tl.int32))
+        kept = _best_of_list(listed, found, out, need, q_gd, lse_g, keys, K * D, c, D, DP, CT)
         block = tl.load(out + slot, mask=slot < kept, other=0)
         tl.debug_barrier()
         _emit(out, forced_first, block, slot < kept, own, local_blocks, k, KP2)
