@@ -201,9 +201,9 @@ class _Call:
         self.score = self.floats(held, self.K, self.width)
         chunks = self.width // self.chunk
         self.chunk_max = torch.empty(held, self.K, chunks, dtype=torch.int32, device=self.q.device)
-        self.lse = self.off = self.score  # unused in two passes
+        self.lse = self.share = self.score  # unused in two passes
         if any(run.guess for run in self.runs):
-            self.lse, self.off = self.floats(held, self.H), self.floats(held, self.H)
+            self.lse, self.share = self.floats(held, self.H), self.floats(held, self.K)
         for run, plan in slabs.items():
             self.tile_start = self.layout.block_grid(self.tiles[run.guess].tokens, self.q.device).block_start
             resident = run.guess or self.resident
@@ -261,7 +261,7 @@ class _Call:
         tile, rule = self.tiles[guess], self.rule
         first_chunk = self.layout.block_grid(self.S * COARSE_BLOCKS, self.q.device).first_block
         arguments = (
-            self.q, self.pooled, self.coarse, self.score, self.chunk_max, self.lse, self.off, self.tile_start,
+            self.q, self.pooled, self.coarse, self.score, self.chunk_max, self.lse, self.share, self.tile_start,
             self.starts, self.grid.first_block, first_chunk, slab.tile, slab.tiles, slab.row, *self.q_stride, self.K,
             self.width, self.c, rule.first_blocks, rule.local_blocks,
         )  # fmt: skip
@@ -291,7 +291,7 @@ class _Call:
         """Top-k of scores under a guess: what may be among the best again."""
         rule, (constants, warps) = self.rule, self.top(slab)
         arguments = (
-            self.q, self.pooled, self.lse, self.off, self.score, self.chunk_max, self.out, self.starts,
+            self.q, self.pooled, self.lse, self.share, self.score, self.chunk_max, self.out, self.starts,
             self.grid.first_block, slab.row, *self.q_stride, self.K, self.width, rule.num_blocks, self.c,
             rule.first_blocks, rule.local_blocks, self.G,
         )  # fmt: skip

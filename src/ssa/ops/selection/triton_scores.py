@@ -21,6 +21,9 @@ from ssa.ops.selection.triton_kernels import (
 )
 from ssa.ops.selection.triton_topk import _key
 
+ROUNDING = tl.constexpr(2.0**-12)  # of a score, in base-2 logarithms, and of its logits relative to their size:
+ROUNDING_OF_LOGITS = tl.constexpr(2.0**-16)
+
 
 @triton.jit
 def _store_scores(
@@ -200,6 +203,13 @@ def _over_heads(e_rn, BT: tl.constexpr, G: tl.constexpr):
     return tl.reshape(tl.sum(tl.sum(e, 0), 1), [BT, BN])
 
 
+@triton.jit
+def _largest_of_heads(x_r, BT: tl.constexpr, G: tl.constexpr):
+    """Maxima ``[t]`` over the heads of each token, as `_over_heads`."""
+    x = tl.reshape(x_r, [4, BT * G // 64, G // 4, 64 // G])
+    return tl.reshape(tl.max(tl.max(x, 0), 1), [BT])
+
+
 @triton.jit(do_not_specialize=["tile0", "num_tiles", "slab_row0", "first_blocks", "local_blocks"])
 def resident_score_kernel(
     q_ptr,  # [N, H, D]
@@ -208,7 +218,7 @@ def resident_score_kernel(
     score_ptr,  # [tokens of the slab, K, NC] float32
     chunk_max_ptr,  # [tokens of the slab, K, NC / CS] int32
     lse_ptr,  # [tokens of the slab, H]: L; with GUESS, as is the next
-    off_ptr,  # [tokens of the slab, H]: L - L'; +inf if too far apart for sums of float32
+    share_ptr,  # [tokens of the slab, K]: what a score of the k-th best under the guess may lose by it, at most
     tile_start_ptr,
     starts_ptr,
     first_block_ptr,
@@ -282,11 +292,13 @@ def resident_score_kernel(
             _store_scores(score_tn, n0, score_ptr, chunk_max_ptr, slab_row, t < rows, end, first_blocks, BT, BN, CS)
         l = tl.sum(sums, 1)
         credible = ((l < CREDIBLE) & (l > 1 / CREDIBLE)) | (complete == 0)
-        off = tl.where(credible, tl.log2(tl.where((complete > 0) & credible, l, 1.0)), float("inf"))
+        off = tl.where(credible, tl.log2(tl.where((complete > 0) & credible, l, 1.0)), float("inf"))  # L - L'
         true = lse + off
         if tl.min(credible.to(tl.int32)) == 0:
             again = _lse_with_maximum(q_rd, keys, complete, seen, stride, c, D, DP, BT * G)
             true = tl.where(credible, true, again)
-        out = (row - slab_row0) * K * G + head
-        tl.store(off_ptr + out, off, mask=live)
-        tl.store(lse_ptr + out, true, mask=live)
+        tl.store(lse_ptr + (row - slab_row0) * K * G + head, true, mask=live)
+        most, size = _largest_of_heads(off, BT, G), _largest_of_heads(tl.abs(true), BT, G)
+        share = tl.exp2(-_largest_of_heads(-off, BT, G) - most - ROUNDING - ROUNDING_OF_LOGITS * size)
+        share = tl.where(most < float("inf"), share, 0.0)
+        tl.store(share_ptr + (row0.to(tl.int64) + t - slab_row0) * K + kv_head, share, mask=t < rows)

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(2.0**-100)  # a score below it may have lost digits
-ROUNDING = tl.constexpr(2.0**-12)  # of a score, in base-2 logarithms, and of its logits relative to their size:
-ROUNDING_OF_LOGITS = tl.constexpr(2.0**-16)
 
 
 @triton.jit
@@ -242,7 +240,7 @@ def refine_kernel(
     q_ptr,  # [N, H, D]
     pooled_ptr,  # [blocks, K, D]
     lse_ptr,  # [tokens of the slab, H]: true L
-    off_ptr,  # [tokens of the slab, H]: L less the guess
+    share_ptr,  # [tokens of the slab, K]: of the k-th best score under the guess, what each of the best has at least
     score_ptr,  # [tokens of the slab, K, NC]: scores under a guess of L; overwritten
     chunk_max_ptr,  # [tokens of the slab, K, NC / CS]; overwritten
     indices_ptr,  # [N, K, k] int32
@@ -284,20 +282,15 @@ def refine_kernel(
         head = kv_head * G + g
         of_head = tl.program_id(0).to(tl.int64) * K * G + head
         lse_g = tl.load(lse_ptr + of_head, mask=g < G, other=float("inf"))
-        off_g = tl.load(off_ptr + of_head, mask=g < G, other=0.0)
         q_gd = tl.load(
             q_ptr + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :],
             mask=(g < G)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        most_off = tl.max(tl.where(g < G, off_g, float("-inf")))
-        least_off = tl.min(tl.where(g < G, off_g, float("inf")))
-        size = tl.max(tl.where(g < G, tl.abs(lse_g), 0.0))
-        share = tl.exp2(least_off - most_off - ROUNDING - ROUNDING_OF_LOGITS * size)
         _, key, highest, least, maxima = _in_best_chunks(score_row, chunk_row, out, lo, hi, need, NCH, CS, KP)
         bound, _ = _search(key, need, highest, least)  # at most the score of the last of the best under the guess
-        score = _score_of(bound)
-        threshold = _key(tl.where((most_off < float("inf")) & (score > TINY), score * share, 0.0))
+        score, share = _score_of(bound), tl.load(share_ptr + slab_row)
+        threshold = _key(tl.where(score > TINY, score * share, 0.0))
         found = _list_candidates(score_row, chunk_row, maxima, lo, hi, threshold, NCH, CS)
         keys = pooled_ptr + (tl.load(first_block_ptr + row).to(tl.int64) * K + kv_head) * D
         listed = score_row.to(tl.pointer_type(tl.int32))
