@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
 
 # third-party package -> patterns of the files that may import it (others are free)
 HOMES: dict[str, str] = {
-    "triton": r"ops/(.+/)?triton[^/]*\.py|environment\.py|cli/doctor\.py",
+    "triton": r"ops/(.+/)?triton[^/]*\.py|environment\.py|bench/offline\.py|cli/doctor\.py",
     "transformers": r"(model|data|train|evaluate|cli)/.+|(serve|generation)\.py",
     "datasets": r"(data|cli)/.+",
     "matplotlib": r"report/.+|bench/plot\.py",
