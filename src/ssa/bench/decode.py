@@ -41,6 +41,7 @@ DESIGNS: dict[str, dict[str, dict[str, object]]] = {
     },
     "1b_64k_b16": {"listed and merged": {"TILES": 1 << 20}},
     "1b_128k_b32": {
+        "maxima by tile": {"APART": False},
         "dependent launch": {"DEPENDENT_ALWAYS": True},
         "listed and merged": {"TILES": 1 << 20},
     },

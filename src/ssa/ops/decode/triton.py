@@ -35,6 +35,7 @@ TILE_BYTES = 16384  # of one tile of keys
 CHOOSE_WARPS, CHOOSE_REGISTERS = 8, 128  # two programs a processor
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
+APART = True  # maxima of logits by place: threads wait for each other once, not for every tile
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
@@ -171,7 +172,7 @@ def _select(
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, APART, update, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
