@@ -30,7 +30,6 @@ import triton.language as tl
 NOTHING = tl.constexpr(float("-inf"))
 LARGE = tl.constexpr(2.0**100)  # a sum below it has not overflowed
 EDGE = tl.constexpr(16)  # first blocks, and last ones, that are taken one by one
-CREDIBLE = tl.constexpr(2.0**60)  # a guess that is off by more says nothing
 
 
 @triton.jit(do_not_specialize=["num_chunks"])

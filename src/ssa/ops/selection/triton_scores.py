@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from ssa.ops.selection.triton_kernels import (
-    CREDIBLE,
     LARGE,
     NOTHING,
     _lse_with_maximum,
@@ -21,6 +20,7 @@ from ssa.ops.selection.triton_kernels import (
 )
 from ssa.ops.selection.triton_topk import _key
 
+CREDIBLE = tl.constexpr(2.0**60)  # a guess that is off by more says nothing
 ROUNDING = tl.constexpr(2.0**-12)  # of a score, in base-2 logarithms, and of its logits relative to their size:
 ROUNDING_OF_LOGITS = tl.constexpr(2.0**-16)
 
