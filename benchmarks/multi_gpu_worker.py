@@ -17,7 +17,7 @@ import torch
 from torch.autograd import DeviceType
 
 from ssa.bench.training import VOCABULARY, build, random_batch
-from ssa.train.cost import GIB
+from ssa.train.cost import GIB, must_reshard
 from ssa.train.loop import Trainer, train
 from ssa.train.optimizer import StepGuard, apply_gradients, build_optimizer, gradient_norm
 from ssa.train.ranks import Ranks, open_ranks
@@ -70,7 +70,8 @@ def _stepper(recipe: Recipe, ranks: Ranks, device: torch.device) -> Callable[[],
     config, rows = recipe.model_config(VOCABULARY), recipe.training.micro_batch_rows
     model = build(config, device, device.type == "cuda")
     if ranks.world.size > 1:
-        shard_model(model, ranks, ranks.world.size, recipe.training.precision, device)
+        precision, reshard = recipe.training.precision, must_reshard(recipe, config)
+        shard_model(model, ranks, ranks.world.size, precision, reshard, device)
     optimizer, guard = build_optimizer(model, recipe.optimizer), StepGuard(device)
     torch.manual_seed(ranks.world.rank)
     batch = random_batch(rows, recipe.data.row_length, config.vocab_size, device)

@@ -41,9 +41,10 @@ def single(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.
         (2, {"training__shard": 1}),
         (4, {}),
         (4, {"training__shard": 2}),
+        (2, {"training__reshard": True}),
         (2, {"training__activation_checkpointing": True}),
     ],
-    ids=["fsdp-2", "replicated-2", "fsdp-4", "hsdp-2x2", "fsdp-2-recomputed"],
+    ids=["fsdp-2", "replicated-2", "fsdp-4", "hsdp-2x2", "fsdp-2-resharded", "fsdp-2-recomputed"],
 )
 def test_the_number_of_processes_does_not_matter(
     size: int, changes: dict[str, Any], single: tuple[str, Path], data: Path, tmp_path: Path

@@ -15,6 +15,7 @@ from ssa.cli import main
 from ssa.documents import DocumentLayout
 from ssa.model import SSAForCausalLM
 from ssa.train.cost import (
+    GATHERED_BYTES,
     GIB,
     advise,
     attended_pairs,
@@ -22,6 +23,7 @@ from ssa.train.cost import (
     estimate_memory,
     matrix_parameters,
     must_recompute,
+    must_reshard,
     peak_flops,
     step_flops,
     step_pairs,
@@ -88,6 +90,18 @@ def test_sharding_divides_what_it_shards() -> None:
     assert (eight.activations, eight.logits) == (one.activations, one.logits)
     replicated = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, shard=1))
     assert estimate_memory(replicated, config, 8).weights == one.weights
+
+
+def test_gathered_layers_stay_where_they_are_small() -> None:
+    small, asked = load_recipe("1b/ssa"), load_recipe("1b/ssa", {"training.reshard": True})
+    config = small.model_config()
+    assert not must_reshard(small, config)
+    assert must_reshard(asked, config)
+    more = estimate_memory(small, config, 8).compute - estimate_memory(asked, config, 8).compute
+    assert 0 < more <= GATHERED_BYTES
+    assert "training.reshard: true" in advise(small, config, 8)
+    large = load_recipe("1b/ssa", {"model.num_hidden_layers": 64})
+    assert must_reshard(large, large.model_config())
 
 
 def test_smaller_choices_are_estimated_smaller_and_advised() -> None:

@@ -20,6 +20,7 @@ from ssa.train.sharding import resolve_shard
 from ssa.train.streams import Stream
 
 GIB = 2**30
+GATHERED_BYTES = 4 * GIB  # of all layers, gathered, that may stay for the backward pass
 MEMORY_SHARE = 0.9  # of a GPU that an estimate may take; the rest is for fragments and the libraries
 
 #: Dense bfloat16 TFLOP/s by a part of the device's name, the first that fits. H200: what large matrix products reach
@@ -139,7 +140,8 @@ def estimate_memory(recipe: Recipe, config: SSAConfig, processes: int = 1) -> Me
         gradients, compute = 4.0 * parameters, 2.0 * parameters if training.precision == "bf16" else 0.0
     else:
         gathered = parameters - layer * config.num_hidden_layers  # embedding, head and last norm, in float32
-        layers_whole = config.num_hidden_layers if shard == 1 else 2  # the one at work and the next
+        kept = shard == 1 or not must_reshard(recipe, config)
+        layers_whole = config.num_hidden_layers if kept else 2  # the one at work and the next
         gradients = 4.0 * parameters / (1 if accumulates else shard)
         compute = (4.0 + low) * gathered + low * layers_whole * layer + 2 * (low + 4.0) * layer
     tokens = training.micro_batch_rows * recipe.data.row_length
@@ -163,6 +165,14 @@ def must_recompute(recipe: Recipe, config: SSAConfig, processes: int, memory: in
     if recipe.training.activation_checkpointing is not None:
         return recipe.training.activation_checkpointing
     return memory is not None and estimate_memory(recipe, config, processes).total > MEMORY_SHARE * memory
+
+
+def must_reshard(recipe: Recipe, config: SSAConfig) -> bool:
+    """Whether gathered layers are given up after the forward pass: as the recipe says, or where they are large."""
+    if recipe.training.reshard is not None:
+        return recipe.training.reshard
+    low = 2 if recipe.training.precision == "bf16" else 4
+    return low * _layer_parameters(config) * config.num_hidden_layers > GATHERED_BYTES
 
 
 def _activation_bytes(config: SSAConfig, low: int, recomputes: bool, compiled: bool) -> float:
@@ -223,6 +233,8 @@ def advise(recipe: Recipe, config: SSAConfig, processes: int) -> str:
     if training.micro_batch_rows > 1:
         rows = next(n for n in range(training.micro_batch_rows // 2, 0, -1) if training.micro_batch_rows % n == 0)
         changes.append((f"training.micro_batch_rows: {rows}", {"micro_batch_rows": rows}))
+    if processes > 1 and not must_reshard(recipe, config):
+        changes.append(("training.reshard: true", {"reshard": True}))
     if training.shard is not None and training.shard < processes:
         changes.append(("training.shard: null", {"shard": None}))
     if not changes:

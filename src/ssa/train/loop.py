@@ -30,7 +30,7 @@ from ssa.train.build import (
     recompute_activations,
 )
 from ssa.train.continued import check_vocabulary, choose_trainable, merge_adapters
-from ssa.train.cost import advise, must_recompute, step_flops, step_pairs
+from ssa.train.cost import advise, must_recompute, must_reshard, step_flops, step_pairs
 from ssa.train.disk import disk_errors
 from ssa.train.faults import fault_point
 from ssa.train.interrupt import Interrupt
@@ -178,7 +178,7 @@ class Trainer:
         if size > 1:
             shard = resolve_shard(training.shard, size)
             self.copies = size // shard
-            shard_model(model, ranks, shard, training.precision, device)
+            shard_model(model, ranks, shard, training.precision, must_reshard(recipe, model.config), device)
         self.model = model.train()
         self.optimizer = build_optimizer(model, recipe.optimizer)
         if folder.start is not None:

@@ -169,6 +169,8 @@ class TrainingSection:
         device: auto, cpu, cuda or cuda:N (one process only).
         shard: processes that share one copy of weights, gradients and moments; divides their number. None: all of
             them (FSDP2); 1: each has its own copy (data parallel); between: HSDP. Changes memory, not the result.
+        reshard: give up gathered layers after the forward pass and gather them again in the backward pass; less memory,
+            more communication. None: where all layers together would take more than 4 GiB.
         spike_factor: tell of a loss above this many times the median of the last 64 steps; None: never.
         timeout_seconds: a process that keeps the others waiting longer ends the run.
         log_every: steps between metrics.
@@ -188,6 +190,7 @@ class TrainingSection:
     compile: bool | None = None
     device: str = "auto"
     shard: int | None = None
+    reshard: bool | None = None
     spike_factor: float | None = 2.0
     timeout_seconds: float = 50.0
     log_every: int = 10

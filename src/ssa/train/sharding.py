@@ -33,7 +33,9 @@ def resolve_shard(shard: int | None, size: int) -> int:
     return count
 
 
-def shard_model(model: SSAForCausalLM, ranks: Ranks, shard: int, precision: str, device: torch.device) -> None:
+def shard_model(
+    model: SSAForCausalLM, ranks: Ranks, shard: int, precision: str, reshard: bool, device: torch.device
+) -> None:
     """Spread the parameters in place. Every rank must hold the same weights already; nothing is broadcast.
 
     Layers travel in bfloat16 where the forward pass computes in it. Embedding, head and last norm stay in float32,
@@ -45,7 +47,7 @@ def shard_model(model: SSAForCausalLM, ranks: Ranks, shard: int, precision: str,
     layers = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     root = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=layers, reshard_after_forward=shard > 1)
+        fully_shard(layer, mesh=mesh, mp_policy=layers, reshard_after_forward=reshard and shard > 1)
     fully_shard(model, mesh=mesh, mp_policy=root, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -22,7 +22,7 @@ MAY_DIFFER = frozenset(
             for key in (
                 *("steps", "tokens", "micro_batch_rows", "activation_checkpointing", "compile", "device", "log_every"),
                 *("validate_every", "validate_rows", "checkpoint_every", "keep_checkpoints", "trackers", "tensorboard"),
-                *("shard", "spike_factor", "timeout_seconds"),
+                *("shard", "reshard", "spike_factor", "timeout_seconds"),
             )
         ),
     }
