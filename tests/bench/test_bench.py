@@ -190,7 +190,8 @@ def test_figures_of_targets() -> None:
         record("1B 32K", "full", "forward", full, 10.0),
         record("1B 32K", "sparse", "forward", "ssa auto", 2.0),
         record("1B 32K", "sparse", "forward", "ssa auto", 2.5, inputs="random"),
-        record("1B 32K", "sparse", both, "peer official:op", 28.0),
+        record("1B 32K", "sparse", both, "peer peer_official:attention", 28.0),
+        record("1B 32K", "sparse", both, "peer peer_fla:attention", 20.0),
         record("1B 32K", "sparse", both, "ssa auto", 4.0),
     ) == {"sparse_fwd_32k": 5.0, "sparse_fwd_32k_random": 4.0, "vs_official_fwdbwd_32k": 7.0}
     packed = "1B packed 32x1K"

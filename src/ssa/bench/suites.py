@@ -39,6 +39,7 @@ SMALL = Workload("1B 4x8K", ((8192,),) * 4)
 LARGE = Workload("8B 8K", ((8192,),), heads=32, kv_heads=8, head_dim=128)
 ONE_ROW = {"32K": 32768, "128K": 131072}
 PACKED = Workload("1B packed 32x1K", ((1024,) * 32,))
+RF_1024 = replace(SMALL, name="1B 4x8K RF 1024", block_size=32, num_blocks=32)
 MIXED = Workload("1B packed mix", realistic_rows(4, 8192))
 OURS = ("cuda", "cudnn", "packed", "flash")
 
@@ -110,6 +111,7 @@ def targets(peers: Peers) -> list[Entry]:
         longest = workload.name == "1B 128K"
         entries.append(Entry(workload, (*best(flash if longest else flash[:1]), *pair, *others), memory=longest))
         entries.append(Entry(_random(workload), pair))
+    entries.append(Entry(RF_1024, pair))  # the ratio is to full attention of the same rows
     return entries + [Entry(w, (*best(), *pair)) for w in (LARGE, *_long(LARGE, "8B", ("32K",)))]
 
 
@@ -119,8 +121,7 @@ def kernels(peers: Peers) -> list[Entry]:
     for workload in (SMALL, *_long(SMALL, "1B", ("32K", "128K")), LARGE, *_long(LARGE, "8B", ("32K",))):
         entries.append(Entry(workload, (*_full("cuda"), *_sparse(peers)), stages=True, memory=True))
         entries.append(Entry(_random(workload), _sparse({})))
-    wide = replace(SMALL, name="1B 4x8K RF 1024", block_size=32, num_blocks=32)
-    entries.append(Entry(wide, (*_full("cuda"), *_sparse(peers)), stages=True))
+    entries.append(Entry(RF_1024, (*_full("cuda"), *_sparse(peers)), stages=True))
     return [*entries, Entry(MIXED, (*_full("cuda", sdpas=()), *_sparse({})), by_length=True)]
 
 

@@ -67,11 +67,11 @@ def speed_up(workload: str, direction: str, inputs: str = "correlated") -> Calla
 
 
 def over_official(workload: str) -> Callable[[Sequence[Record]], float | None]:
-    """A peer's time over ours, forward and backward; the peer is the official operation (``--peer``)."""
+    """The official operation's time (``--peer peer_official:attention``) over ours, forward and backward."""
 
     def figure(records: Sequence[Record]) -> float | None:
         direction = "forward+backward"
-        theirs = _fastest(find(records, workload, "sparse", direction, backend="peer"))
+        theirs = _fastest(find(records, workload, "sparse", direction, backend="peer peer_official"))
         return _over(theirs, _fastest(find(records, workload, "sparse", direction, backend="ssa")))
 
     return figure
