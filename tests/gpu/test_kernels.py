@@ -154,7 +154,7 @@ def test_error_against_float64(shape: Shape) -> None:
 
 def assert_selection(q: Tensor, k: Tensor, shape: Shape, layout: DocumentLayout, indices: Tensor) -> None:
     """Sets equal the true top-k; a different block is allowed where float64 scores agree to 1e-5, or to what rounding
-    the largest logits to float32 changes."""
+    the largest logits to float32 changes, or to the weights that float32 has no normal number for, one of each head."""
     N, K, S = layout.total, shape.K, shape.S
     grid = layout.block_grid(S, "cuda")
     pooled = pool_keys(k, S, layout).double()
@@ -165,7 +165,7 @@ def assert_selection(q: Tensor, k: Tensor, shape: Shape, layout: DocumentLayout,
     query = q.flatten(0, 1).double().unflatten(1, (K, -1))
     logits = torch.einsum("tkgd,nkd->tkgn", query, pooled) * shape.D**-0.5
     score = logits.masked_fill(~complete[:, None, None], float("-inf")).softmax(-1).nan_to_num().sum(2)
-    score = torch.where(score < 2e-38, 0.0, score)  # as float32 has it
+    least = shape.H // K * torch.finfo(torch.float32).tiny
     tolerance = 1e-5 + 5e-6 * max(0.0, float(logits.abs().max()) - 10)
     score = score.masked_fill(~((block >= 0) & (block < own))[:, None], -1.0)
     need = torch.minimum(own[:, 0], torch.tensor(shape.k - 1, device="cuda"))
@@ -180,7 +180,7 @@ def assert_selection(q: Tensor, k: Tensor, shape: Shape, layout: DocumentLayout,
     worst = torch.where(other, score.gather(2, place.clamp(max=spare - 1)), float("inf")).min(-1).values
     taken = torch.zeros(N, K, spare + 1, dtype=torch.bool, device="cuda").scatter_(2, place, True)[..., :spare]
     best_left = score.masked_fill(taken, -1.0).max(-1).values
-    wrong = (best_left > worst * (1 + tolerance)) & (need > 0)[:, None]
+    wrong = (best_left > worst * (1 + tolerance) + least) & (need > 0)[:, None]
     assert not wrong.any(), f"{int(wrong.sum())} rows"
 
 

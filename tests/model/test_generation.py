@@ -163,3 +163,25 @@ def test_steps_are_captured_on_a_gpu_only():
     model = tiny_model()
     held = {CACHE_NAME: BlockCache.from_config(model.config, 16)}
     assert not model._valid_auto_compile_criteria(held, SimpleNamespace(disable_compile=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 5}], ids=str)
+def test_generate_asks_for_captured_steps_and_not_for_a_compiled_model(options, monkeypatch):
+    """What a GPU takes, with an eager step in place of the graph."""
+    model, replayed = tiny_model(), []
+    expected = generate(model, use_cache=False)
+
+    class Step:
+        def __init__(self, cache):
+            self.cache = cache
+
+        def step(self, ids):
+            replayed.append(ids.shape)
+            return model(ids, past_key_values=self.cache).logits
+
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: True)
+    monkeypatch.setattr("ssa.model.generation.graph_of", lambda _, cache: Step(cache))
+    cache = BlockCache.from_config(model.config, 64)
+    out = generate(model, **{CACHE_NAME: cache}, **options)
+    assert torch.equal(out, expected)
+    assert replayed == [(3, 1)] * 19

@@ -233,7 +233,7 @@ class SSAModel(SSAPreTrainedModel):
         return self.norm(x), alignments
 
 
-class SSAForCausalLM(SSAPreTrainedModel, AttentionModes, SSAGenerationMixin):
+class SSAForCausalLM(SSAGenerationMixin, SSAPreTrainedModel, AttentionModes):
     """The language model. See :meth:`forward` for training and :meth:`attention_mode` for inference."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
