@@ -14,6 +14,7 @@ from ssa.ops import AlignmentSpec, SparseSpec, full_attention_rows, ssa_attentio
 from ssa.ops.dual import passes
 from ssa.ops.dual.passes import Streams
 from ssa.ops.dual.sampling import sample_rows
+from ssa.ops.full.query_rows import QueryRows, Window
 
 pytestmark = [
     pytest.mark.gpu,
