@@ -85,6 +85,25 @@ class Launcher:
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
+def fork(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream, in step with the current one up to here; None on a CPU.
+
+    The current stream must wait for it before the results are read. What is allocated on it may be freed at any time
+    after that: its next use begins by waiting for the same current stream.
+    """
+    if device.type != "cuda":
+        return None
+    current = torch.cuda.current_stream(device)
+    second = _second_stream(device, current.cuda_stream)
+    second.wait_stream(current)
+    return second
+
+
+@cache
+def _second_stream(device: torch.device, current: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Makes the device of ``x`` the current one, on which Triton launches."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssa.documents import DocumentLayout
+from ssa.documents import BlockGrid, DocumentLayout
 from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_dq_kernel, union_dq_kernel
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
-from ssa.ops.sparse.triton_index import reader_index
+from ssa.ops.sparse.triton_index import ReaderIndex, reader_index
 from ssa.ops.sparse.triton_union import union_kernel
 from ssa.ops.triton_support import (
     LOG2E,
@@ -25,6 +25,7 @@ from ssa.ops.triton_support import (
     aligned,
     can_overlap,
     ceil_div,
+    fork,
     layout_of,
     next_power_of_two,
     on_device,
@@ -33,6 +34,7 @@ from ssa.ops.triton_support import (
 )
 
 MASKED = -(2.0**40)  # exponent of a key that a row does not read
+LARGE_INDEX = 1 << 18  # entries of the selection from which the inverted index is built beside dq
 LIST_PADDING = 8  # union entries that nobody reads; at least columns / 16 of every union launch
 
 
@@ -225,19 +227,16 @@ def _keys_and_values(
     launch: Launcher,
     plan: Strategy,
     x: _Shape,
-    layout: DocumentLayout,
-    indices: Tensor,
+    grid: BlockGrid,
+    index: ReaderIndex,
     read: tuple[Tensor, ...],  # q, k, v, d_out, lse, delta
     strides: tuple[int, ...],
     written: tuple[Tensor, ...],  # dk, dv, and what is added to them
     plus: bool,
 ) -> None:
     """dk and dv through the inverted index."""
-    device = indices.device
-    grid = layout.block_grid(4 * x.S, device)
+    device = read[0].device
     super_start, supers = grid.block_start, grid.num_blocks
-    word_offset, words = _bitmap_rows(layout, x.S, str(device))
-    index = reader_index(indices.view(x.N, x.K, x.slots), grid.first_block, super_start, word_offset, words, plan.cost)
     part_rows = index.units * x.S
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=device)
     arguments: tuple[Any, ...] = (
@@ -287,6 +286,12 @@ def _backward(
     layout = layout_of(tuple(lengths), *q.shape[:2])
     starts, tile_start = layout.starts(q.device), layout.block_grid(plan.tokens, q.device).block_start
     tiles = tile_start.numel() - 1
+    beside = fork(q.device) if indices.numel() >= LARGE_INDEX else None
+    grid = layout.block_grid(4 * x.S, q.device)
+    bitmap_rows = _bitmap_rows(layout, x.S, str(q.device))
+    with torch.cuda.stream(beside):  # of small kernels, which leave the GPU room for those of dq
+        readers = indices.view(x.N, x.K, x.slots)
+        index = reader_index(readers, grid.first_block, grid.block_start, *bitmap_rows, plan.cost)
     dq_plus, dk_plus, dv_plus = (y if x is None else aligned(x) for x, y in ((plus_q, dq), (plus_k, dk), (plus_v, dv)))
     tensors: tuple[Any, ...] = (q, k, v, d_out, out, lse, delta, dq, dq_plus)
     tile = plan.union_dq
@@ -303,7 +308,9 @@ def _backward(
     constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
     launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     read = (q, k, v, d_out, lse, delta)
-    _keys_and_values(launch, plan, x, layout, indices, read, strides, (dk, dv, dk_plus, dv_plus), plus)
+    if beside is not None:
+        torch.cuda.current_stream(q.device).wait_stream(beside)
+    _keys_and_values(launch, plan, x, grid, index, read, strides, (dk, dv, dk_plus, dv_plus), plus)
     return dq, dk, dv
 
 
