@@ -39,8 +39,8 @@ def compare_gradients() -> None:
     triton.strategy, triton_index.SEGMENT = shipped, segment
 
 
-def compare_addends() -> None:
-    """What is added to the gradients inside the kernels is added once, to every element."""
+def compare_halves() -> None:
+    """In two halves, what is added to the gradients inside the kernels is added once, to every element."""
     (q, k, v), indices = case(2, 1)
     leaves, d_out = [x.detach() for x in (q, k, v)], torch.randn(q.shape)
     rest = (LAYOUT.lengths, S, 0.25)
@@ -51,7 +51,9 @@ def compare_addends() -> None:
         plain = torch.ops.ssa.sparse_backward(d_out, *leaves, indices, *results, *rest)
         plus = [torch.randn_like(x) for x in leaves]
         views = [torch.stack([x, x], -1)[..., 0] for x in plus]  # not contiguous
-        summed = torch.ops.ssa.sparse_backward(d_out, *leaves, indices, *results, *rest, *views)
+        given = (d_out, (d_out * results[0]).sum(-1), *leaves, indices)
+        begun = torch.ops.ssa.sparse_begin(*given, results[1], *rest)
+        summed = torch.ops.ssa.sparse_finish(*given, *results, *begun, *rest, *views)
         triton.strategy = shipped
         for a, b, c in zip(summed, plain, plus, strict=True):
             torch.testing.assert_close(a, b + c, rtol=1e-6, atol=1e-6)
@@ -59,4 +61,4 @@ def compare_addends() -> None:
 
 if __name__ == "__main__":
     compare_gradients()
-    compare_addends()
+    compare_halves()

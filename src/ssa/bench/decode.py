@@ -36,17 +36,17 @@ DESIGN_SECONDS = 40.0  # of a run after which no other design is begun
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
 DESIGNS: dict[str, dict[str, dict[str, object]]] = {
     "1b_128k_b1": {
-        "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
+        "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768},
         "summed and searched": {"TILES": 0},
     },
     "1b_64k_b16": {"listed and merged": {"TILES": 1 << 20}},
     "1b_128k_b32": {
-        "maxima by tile": {"APART": False},
         "dependent launch": {"DEPENDENT_ALWAYS": True},
         "listed and merged": {"TILES": 1 << 20},
     },
     "8b_128k_b1": {
-        "four warps": {"CHOOSE_WARPS": 4, "CHOOSE_BYTES": 32768, "CHOOSE_REGISTERS": None},
+        "a program a processor": {"CHOOSE_PROGRAMS": 1},
+        "all registers": {"CHOOSE_REGISTERS": None},
         "summed and searched": {"TILES": 0},
     },
 }

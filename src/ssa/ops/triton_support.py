@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ssa.ops.dispatch import Request, constant_when_compiled
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+WORTH_A_STREAM = 1 << 18  # entries of a selection
 MAX_TOKENS = 1 << 27  # an entry of the inverted index packs a token and four flags into 31 bits
 MAX_ENTRIES = (1 << 31) - (1 << 11)
 LOG2E = math.log2(math.e)
@@ -85,22 +87,37 @@ class Launcher:
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
-def fork(device: torch.device) -> torch.cuda.Stream | None:
-    """A second stream, in step with the current one up to here; None on a CPU.
+@contextmanager
+def beside(device: torch.device, entries: int) -> Iterator[None]:
+    """Launches go to a second stream, which is in step with the current one up to here; :func:`join` waits for it.
 
-    The current stream must wait for it before the results are read. What is allocated on it may be freed at any time
-    after that: its next use begins by waiting for the same current stream.
+    For a selection of so many ``entries`` that the GPU's time, not the host's, is what counts. What is allocated
+    within may be freed at any time after the join: the second stream's next use begins by waiting for the current one.
     """
-    if device.type != "cuda":
+    second = _second_stream(device, entries)
+    if second is None:
+        yield
+        return
+    second.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(second):
+        yield
+
+
+def join(device: torch.device, entries: int) -> None:
+    """The current stream waits for what was launched beside it."""
+    second = _second_stream(device, entries)
+    if second is not None:
+        torch.cuda.current_stream(device).wait_stream(second)
+
+
+def _second_stream(device: torch.device, entries: int) -> torch.cuda.Stream | None:
+    if device.type != "cuda" or entries < WORTH_A_STREAM:
         return None
-    current = torch.cuda.current_stream(device)
-    second = _second_stream(device, current.cuda_stream)
-    second.wait_stream(current)
-    return second
+    return _stream_beside(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @cache
-def _second_stream(device: torch.device, current: int) -> torch.cuda.Stream:
+def _stream_beside(device: torch.device, current: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

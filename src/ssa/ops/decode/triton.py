@@ -32,10 +32,11 @@ SCORES = 128  # scores of a tile there
 LISTS = 512  # of a row at most, there
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
-CHOOSE_WARPS, CHOOSE_REGISTERS = 8, 128  # two programs a processor
+CHOOSE_WARPS = 8
+CHOOSE_PROGRAMS = 2  # a processor, at most
+CHOOSE_REGISTERS = 128  # of a thread where there are more programs than processors
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
-APART = True  # maxima of logits by place: threads wait for each other once, not for every tile
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
@@ -103,7 +104,7 @@ def _selection(
     few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
     splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
     if few:
-        parts = max(1, min(scored, 2 * processors // rows))
+        parts = max(1, min(scored, CHOOSE_PROGRAMS * processors // rows))
         BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
     else:
         BK, parts = _tile(DP, itemsize, 16), max(1, min(tiles, 8 * processors // rows))
@@ -168,11 +169,12 @@ def _select(
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     pdl = _dependent(device.index) if x.few or DEPENDENT_ALWAYS else {}
     forced = spec.first_blocks, spec.local_blocks
+    crowded = x.slab * K * x.parts > _processors(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, APART, update, given, bool(pdl),
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
@@ -180,7 +182,7 @@ def _select(
                 q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
                 x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
                 min(x.BK, KP2 * S), SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
-                num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS, **pdl,
+                num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS if crowded else None, **pdl,
             )  # fmt: skip
             continue
         sum_kernel[(rows * K * x.parts,)](

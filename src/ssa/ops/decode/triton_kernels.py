@@ -25,7 +25,6 @@ from ssa.ops.selection.triton_topk import _best_of_chunks, _emit, _emit_official
 
 NOTHING = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # below every logit, and finite
 
 
 @triton.jit
@@ -134,14 +133,12 @@ def score_kernel(
     GP: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
-    APART: tl.constexpr,
     UPDATE: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Logits of one row's heads over the completed blocks of one split, their maximum and sum.
 
-    APART: every place of a tile has its maximum and sum, brought together at the end; otherwise every tile has one.
     UPDATE (N = 1): the block that the new token completed, if it did, has no mean yet; it is made, used and kept.
     """
     _begin(PDL)
@@ -163,7 +160,6 @@ def score_kernel(
     means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
     logits = float_ptr + pair.to(tl.int64) * G * NC
     m, l = tl.full([M], NOTHING, tl.float32), tl.zeros([M], tl.float32)
-    m_gn, l_gn = tl.full([M, BN], LOWEST, tl.float32), tl.zeros([M, BN], tl.float32)
     known = complete
     if UPDATE:
         known -= ((position + 1) % S == 0).to(tl.int32)
@@ -178,17 +174,9 @@ def score_kernel(
         s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
         s_gn = tl.where((n < known)[None, :], s_gn, NOTHING)
         tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
-        if APART:
-            top_gn = tl.maximum(m_gn, s_gn)
-            l_gn = l_gn * tl.exp2(m_gn - top_gn) + tl.exp2(s_gn - top_gn)
-            m_gn = top_gn
-        else:
-            top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a block
-            l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
-            m = top
-    if APART:
-        m = tl.max(m_gn, 1)
-        l = tl.sum(l_gn * tl.exp2(m_gn - m[:, None]), 1)
+        top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a block
+        l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
+        m = top
     if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
         if (known < complete) & (last == tiles):
             keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head

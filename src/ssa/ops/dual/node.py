@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 from ssa.ops.dual import passes
 from ssa.ops.dual.alignment import AlignmentSpec
 from ssa.ops.dual.passes import Streams
-from ssa.ops.dual.streams import Stream
+from ssa.ops.dual.streams import SparseStream, Stream
 from ssa.ops.full.query_rows import QueryRows
 from ssa.ops.full.row_kernels import RowKernel, Totals
+from ssa.ops.triton_support import beside, join
 
 
 class Plan(NamedTuple):
@@ -23,7 +24,7 @@ class Plan(NamedTuple):
     main: str
     spec: AlignmentSpec
     scale: float
-    sparse: Stream
+    sparse: SparseStream
     full: Stream | None
     rows: QueryRows | None
     row_kernel: RowKernel | None
@@ -54,8 +55,14 @@ class BothStreams(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, indices: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            sparse = plan.sparse.forward(q, k, v, indices)
-            full = _full_forward(plan, q, k, v, indices)
+            if torch.compiler.is_compiling():
+                sparse = plan.sparse.forward(q, k, v, indices)
+                full = _full_forward(plan, q, k, v, indices)
+            else:
+                with beside(q.device, indices.numel()):
+                    sparse = plan.sparse.forward(q, k, v, indices)
+                full = _full_forward(plan, q, k, v, indices)
+                join(q.device, indices.numel())
             streams = plan.streams(full[0], sparse[0], gate)
             out, distance, mass = plan.passes.forward(
                 streams, full[1].reshape(streams.full.shape[:2]), sparse[1].flatten(0, 1)
@@ -75,10 +82,15 @@ class BothStreams(torch.autograd.Function):
         streams = plan.streams(full[0], sparse[0], gate)
         inflow = plan.passes.backward(streams, d_out.flatten(0, 1), d_loss)
         grads: tuple[Tensor, ...] = ()
+        begun: tuple[Tensor, ...] = ()
+        runs = plan.main == "sparse" or streams.pulls_sparse
+        mine = (inflow.sparse.view(q.shape), inflow.delta.view(q.shape[:3]), q, k, v, indices, sparse)
+        if runs:
+            begun = plan.sparse.begin(*mine)
         if plan.full is not None and (plan.main == "full" or streams.pulls_full):
-            grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full, ())
-        if plan.main == "sparse" or streams.pulls_sparse:
-            grads = plan.sparse.backward(inflow.sparse.view(q.shape), q, k, v, indices, sparse, grads)
+            grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full)
+        if runs:
+            grads = plan.sparse.finish(*mine, begun, grads)
         if plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
             assert len(grads) == 3, "rows are sampled where the sparse stream is main"
             wide = [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in grads[1:]]

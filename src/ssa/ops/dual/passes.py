@@ -62,11 +62,15 @@ class Streams(NamedTuple):
 
 
 class Inflow(NamedTuple):
-    """Gradients of both outputs and of the gate: ``[R, H, D]``, ``[N, H, D]``, ``[N, H]`` or None."""
+    """Gradients of both outputs and of the gate: ``[R, H, D]``, ``[N, H, D]``, ``[N, H]`` or None.
+
+    ``delta [N, H]``: sums over D of the sparse output times its gradient.
+    """
 
     full: Tensor
     sparse: Tensor
     gate: Tensor | None
+    delta: Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -118,7 +122,8 @@ def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:
     full, sparse = full * _compared(x, x.gate)[0][..., None] if x.gate is not None else full, sparse * gates
     if outside:
         full, sparse = full + to_full, _add_rows(x, sparse, to_sparse)
-    return Inflow(full.to(x.full.dtype), sparse.to(x.sparse.dtype), d_gate)
+    sparse = sparse.to(x.sparse.dtype)
+    return Inflow(full.to(x.full.dtype), sparse, d_gate, (_wide(sparse) * _wide(x.sparse)).sum(-1))
 
 
 def _add_rows(x: Streams, total: Tensor, part: Tensor) -> Tensor:

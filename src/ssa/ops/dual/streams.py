@@ -22,13 +22,26 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Stream(NamedTuple):
-    """``forward(q, k, v, indices)`` gives :data:`Results`; ``backward(d_out, q, k, v, indices, results, others)`` gives
-    :data:`Gradients`, in the sparse stream with ``others`` added unless they are empty. The full stream reads no
-    indices. ``backend``: who computes it."""
+    """``forward(q, k, v, indices)`` gives :data:`Results`; ``backward(d_out, q, k, v, indices, results)`` gives
+    :data:`Gradients`. The full stream reads no indices. ``backend``: who computes it."""
 
     backend: str
     forward: Callable[[Tensor, Tensor, Tensor, Tensor], Results]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Results, tuple[Tensor, ...]], Gradients]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Results], Gradients]
+
+
+class SparseStream(NamedTuple):
+    """As :class:`Stream`, but the backward pass has two halves, so that the full stream's can run beside the first.
+
+    ``begin(d_out, delta, q, k, v, indices, results)`` takes what :class:`~ssa.ops.dual.passes.Inflow` has and gives
+    tensors for ``finish(d_out, delta, q, k, v, indices, results, begun, others)``, which gives :data:`Gradients` with
+    ``others`` added unless they are empty.
+    """
+
+    backend: str
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Results]
+    begin: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Results], Results]
+    finish: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Results, Results, Results], Gradients]
 
 
 def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, backend: str) -> Stream:
@@ -39,9 +52,7 @@ def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, back
         return Stream(
             found.name,
             lambda q, k, v, _: full_reference.forward(q, k, v, layout, scale),
-            lambda d_out, q, k, v, _, results, _others: full_reference.backward(
-                d_out, q, k, v, results[0], layout, scale
-            ),
+            lambda d_out, q, k, v, _, results: full_reference.backward(d_out, q, k, v, results[0], layout, scale),
         )
     found.load()  # declares the custom operations
     kernel = backends.usable(request) if found.name == "cuda" else found.name
@@ -49,36 +60,38 @@ def full_stream(q: Tensor, k: Tensor, layout: DocumentLayout, scale: float, back
     return Stream(
         found.name,
         lambda q, k, v, _: op.full_forward(q, k, v, lengths, scale, kernel),
-        lambda d_out, q, k, v, _, results, _others: op.full_backward(d_out, q, k, v, *results, lengths, scale, kernel),
+        lambda d_out, q, k, v, _, results: op.full_backward(d_out, q, k, v, *results, lengths, scale, kernel),
     )
 
 
 def sparse_stream(
     q: Tensor, k: Tensor, block_size: int, slots: int, layout: DocumentLayout, scale: float, backend: str
-) -> Stream:
+) -> SparseStream:
     """Attention over given blocks. See :func:`ssa.ops.sparse_attention` for ``backend``."""
     found = find("sparse_attention", Request.of(q, k, block_size=block_size, num_blocks=slots, layout=layout), backend)
     if found.name == "reference":
         rest: tuple[Any, ...] = (block_size, layout, scale)
 
-        def backward(
-            d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, i: Tensor, results: Results, others: tuple[Tensor, ...]
-        ) -> Gradients:
+        def finish(
+            d_out: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, i: Tensor, results: Results, _: Results,
+            others: Results,
+        ) -> Gradients:  # fmt: skip
             mine = sparse_reference.backward(d_out, q, k, v, i, results[0], *rest)
             for gradient, other in zip(mine, others, strict=False):  # all three, or none
                 gradient.add_(other)
             return mine
 
-        return Stream(
-            found.name,
-            lambda q, k, v, i: sparse_reference.forward(q, k, v, i, *rest),
-            backward,
+        return SparseStream(
+            found.name, lambda q, k, v, i: sparse_reference.forward(q, k, v, i, *rest), lambda *_: (), finish
         )
     found.load()
     op = torch.ops.ssa
     rest = (layout.lengths, block_size, scale)
-    return Stream(
+    return SparseStream(
         found.name,
         lambda q, k, v, i: op.sparse_forward(q, k, v, i, *rest),
-        lambda d_out, q, k, v, i, results, others: op.sparse_backward(d_out, q, k, v, i, *results, *rest, *others),
+        lambda d_out, delta, q, k, v, i, results: op.sparse_begin(d_out, delta, q, k, v, i, results[1], *rest),
+        lambda d_out, delta, q, k, v, i, results, begun, others: op.sparse_finish(
+            d_out, delta, q, k, v, i, *results, *begun, *rest, *others
+        ),
     )

@@ -66,10 +66,10 @@ def forward_kernel(full, sparse, gate, place, lse_full, lse_sparse, out, part, r
 
 
 @triton.jit
-def backward_kernel(full, sparse, gate, place, up, d_loss, d_full, d_sparse, d_gate, rows, factor, up_row, up_head,
-                    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr,
-                    SAMPLED: tl.constexpr, GATED: tl.constexpr, MAIN_FULL: tl.constexpr, SMOOTH: tl.constexpr,
-                    PULL_FULL: tl.constexpr, PULL_SPARSE: tl.constexpr):  # fmt: skip
+def backward_kernel(full, sparse, gate, place, up, d_loss, d_full, d_sparse, d_gate, delta, rows, factor, up_row,
+                    up_head, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+                    HAS_GATE: tl.constexpr, SAMPLED: tl.constexpr, GATED: tl.constexpr, MAIN_FULL: tl.constexpr,
+                    SMOOTH: tl.constexpr, PULL_FULL: tl.constexpr, PULL_SPARSE: tl.constexpr):  # fmt: skip
     row, _full_row, here, both, inside, offset, full_offset, o_full, o_sparse, g = _tile(
         full, sparse, gate, place, rows, H, D, DP, ROWS, HAS_GATE, SAMPLED
     )
@@ -101,8 +101,10 @@ def backward_kernel(full, sparse, gate, place, up, d_loss, d_full, d_sparse, d_g
             to_full += pull
         if PULL_SPARSE:
             to_sparse -= pull
+    to_sparse = to_sparse.to(d_sparse.dtype.element_ty)
     tl.store(d_full + full_offset, to_full.to(d_full.dtype.element_ty), mask=both[:, None] & inside)
-    tl.store(d_sparse + offset, to_sparse.to(d_sparse.dtype.element_ty), mask=here[:, None] & inside)
+    tl.store(d_sparse + offset, to_sparse, mask=here[:, None] & inside)
+    tl.store(delta + row, tl.sum(to_sparse.to(tl.float32) * o_sparse, 1), mask=here)
 
 
 def _launch(x: Streams) -> tuple[int, int, tuple[Tensor, ...], dict[str, int | bool]]:
@@ -140,11 +142,12 @@ def backward(x: Streams, d_out: Tensor, d_loss: Tensor) -> Inflow:
         torch.empty(x.full.shape, dtype=x.full.dtype, device=x.full.device),
         torch.empty(x.sparse.shape, dtype=x.sparse.dtype, device=x.sparse.device),
         None if x.gate is None else torch.empty(x.gate.shape, dtype=x.gate.dtype, device=x.gate.device),
+        torch.empty(x.sparse.shape[:2], dtype=torch.float32, device=x.sparse.device),
     )
     d_gate = inflow.sparse if inflow.gate is None else inflow.gate
     with on_device(d_out):
         backward_kernel[(programs,)](
-            *tensors, d_out, d_loss, inflow.full, inflow.sparse, d_gate, rows, x.spec.weight / x.elements,
+            *tensors, d_out, d_loss, inflow.full, inflow.sparse, d_gate, inflow.delta, rows, x.spec.weight / x.elements,
             *d_out.stride()[:2], **constants, PULL_FULL=x.pulls_full, PULL_SPARSE=x.pulls_sparse,
         )  # fmt: skip
     return inflow

@@ -6,26 +6,27 @@ activation checkpointing and FSDP see them as single operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssa.documents import BlockGrid, DocumentLayout
+from ssa.documents import DocumentLayout
 from ssa.ops.sparse.triton_backward import dkv_kernel, dkv_reduce_kernel, token_dq_kernel, union_dq_kernel
 from ssa.ops.sparse.triton_forward import token_forward_kernel, union_forward_kernel
-from ssa.ops.sparse.triton_index import ReaderIndex, reader_index
+from ssa.ops.sparse.triton_index import ReaderIndex, index_sizes, reader_index
 from ssa.ops.sparse.triton_union import union_kernel
 from ssa.ops.triton_support import (
     LOG2E,
     Launch,
     Launcher,
     aligned,
+    beside,
     can_overlap,
     ceil_div,
-    fork,
+    join,
     layout_of,
     next_power_of_two,
     on_device,
@@ -34,7 +35,6 @@ from ssa.ops.triton_support import (
 )
 
 MASKED = -(2.0**40)  # exponent of a key that a row does not read
-LARGE_INDEX = 1 << 18  # entries of the selection from which the inverted index is built beside dq
 LIST_PADDING = 8  # union entries that nobody reads; at least columns / 16 of every union launch
 
 
@@ -223,26 +223,88 @@ def _forward(
     return out, lse, union_row, union_mask, union_count
 
 
-def _keys_and_values(
-    launch: Launcher,
-    plan: Strategy,
-    x: _Shape,
-    grid: BlockGrid,
-    index: ReaderIndex,
-    read: tuple[Tensor, ...],  # q, k, v, d_out, lse, delta
-    strides: tuple[int, ...],
-    written: tuple[Tensor, ...],  # dk, dv, and what is added to them
-    plus: bool,
-) -> None:
-    """dk and dv through the inverted index."""
-    device = read[0].device
-    super_start, supers = grid.block_start, grid.num_blocks
+class _Call(NamedTuple):
+    """A backward pass: what all its parts read."""
+
+    plan: Strategy
+    x: _Shape
+    layout: DocumentLayout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    indices: Tensor
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, lengths: Sequence[int], S: int,
+        scale: float,
+    ) -> _Call:  # fmt: skip
+        small = small_shared_memory(q.device.index)
+        plan = strategy(q.shape[2], k.shape[2], q.shape[3], S, indices.shape[3], small)
+        x = _Shape.of(q, k, indices, S, scale, plan.tokens)
+        layout = layout_of(tuple(lengths), *q.shape[:2])
+        (q, q_strides), (k, k_strides), (v, v_strides), (d_out, d_strides) = rows(q), rows(k), rows(v), rows(d_out)
+        strides = (*q_strides, *k_strides, *v_strides, *d_strides)
+        return cls(plan, x, layout, q, k, v, d_out, aligned(indices), strides)
+
+    def launcher(self) -> Launcher:
+        """Of the current stream."""
+        x = self.x
+        return Launcher(
+            self.q.device, self.q.dtype, self.indices.dtype, x.H, x.K, x.slots, self.plan.limit, self.strides
+        )
+
+    def readers(self) -> ReaderIndex:
+        """Who reads which block."""
+        x, grid = self.x, self.layout.block_grid(4 * self.x.S, self.q.device)
+        words = _bitmap_rows(self.layout, x.S, str(self.q.device))
+        indices = self.indices.view(x.N, x.K, x.slots)
+        return reader_index(indices, grid.first_block, grid.block_start, *words, self.plan.cost)
+
+
+def _queries(
+    call: _Call, out: Tensor, lse: Tensor, union_row: Tensor, union_mask: Tensor, union_count: Tensor,
+    plus_q: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq, and delta: the sums of out times d_out over the head dimension."""
+    plan, x, launch = call.plan, call.x, call.launcher()
+    dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    delta = torch.empty_like(lse)
+    starts, tile_start = call.layout.starts(dq.device), call.layout.block_grid(plan.tokens, dq.device).block_start
+    tiles, plus = tile_start.numel() - 1, plus_q is not None
+    dq_plus = dq if plus_q is None else aligned(plus_q)
+    tensors: tuple[Any, ...] = (call.q, call.k, call.v, call.d_out, out, lse, delta, dq, dq_plus)
+    tile = plan.union_dq
+    arguments: tuple[Any, ...] = (
+        *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
+    )  # fmt: skip
+    select = plan.select[1] and tile.columns <= 4 * x.S
+    constants: tuple[Any, ...] = (
+        x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus
+    )  # fmt: skip
+    launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    tile = plan.token_dq
+    arguments = (
+        *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
+    )  # fmt: skip
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
+    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    return dq, delta
+
+
+def _key_parts(call: _Call, index: ReaderIndex, lse: Tensor, delta: Tensor) -> Tensor:
+    """dk and dv of the index's work items ``[2, rows, DP]``, float32."""
+    plan, x, launch, device = call.plan, call.x, call.launcher(), call.q.device
+    super_start = call.layout.block_grid(4 * x.S, device).block_start
     part_rows = index.units * x.S
     part = torch.empty(2, part_rows, x.DP, dtype=torch.float32, device=device)
     arguments: tuple[Any, ...] = (
-        *read, index.entry, index.work, index.work_offset, super_start, part, *strides, x.H, x.K, supers, part_rows, x.c
+        call.q, call.k, call.v, call.d_out, lse, delta, index.entry, index.work, index.work_offset, super_start, part,
+        *call.strides, x.H, x.K, super_start.numel() - 1, part_rows, x.c,
     )  # fmt: skip
-    levels, narrow = len(index.most_works), _narrow(x, strides)
+    levels, narrow = len(index.most_works), _narrow(x, call.strides)
     overlap = plan.overlap and can_overlap(device.index)
     for level in reversed(range(levels)):
         tokens, columns, keys_first, how = plan.dkv[level]
@@ -250,8 +312,21 @@ def _keys_and_values(
         constants = (x.D, x.DP, x.S, x.G, x.GP, level, key_rows, tokens, keys_first, narrow, overlap)
         programs = (index.most_works[level], (x.S << level) // key_rows, 1)
         launch(dkv_kernel, programs, arguments, constants, how._replace(overlap=overlap and level < levels - 1))
-    arguments = (part, index.work_offset, index.level, super_start, *written, x.K, supers, part_rows)
-    launch(dkv_reduce_kernel, (supers, x.K, 4), arguments, (x.D, x.DP, x.S, plus), Launch(4))
+    return part
+
+
+def _keys_and_values(
+    call: _Call, part: Tensor, work_offset: Tensor, level: Tensor, plus_k: Tensor | None, plus_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv: the sums of their parts."""
+    x, super_start = call.x, call.layout.block_grid(4 * call.x.S, call.q.device).block_start
+    dk, dv = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (call.k, call.v))
+    dk_plus, dv_plus = (y if z is None else aligned(z) for y, z in ((dk, plus_k), (dv, plus_v)))
+    supers = super_start.numel() - 1
+    arguments = (part, work_offset, level, super_start, dk, dv, dk_plus, dv_plus, x.K, supers, part.shape[1])
+    constants = (x.D, x.DP, x.S, plus_k is not None)
+    call.launcher()(dkv_reduce_kernel, (supers, x.K, 4), arguments, constants, Launch(4))
+    return dk, dv
 
 
 def _backward(
@@ -268,60 +343,72 @@ def _backward(
     lengths: Sequence[int],
     block_size: int,
     scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v, contiguous."""
+    call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
+    with beside(q.device, indices.numel()):  # small kernels, which leave the GPU room for those of dq
+        index = call.readers()
+    dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
+    join(q.device, indices.numel())
+    part = _key_parts(call, index, lse, delta)
+    return dq, *_keys_and_values(call, part, index.work_offset, index.level, None, None)
+
+
+def _begin(
+    d_out: Tensor,
+    delta: Tensor,  # [B, T, H] float32: sums of out times d_out over D
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of dk and dv needs nothing else, beside what comes next: the parts, and where those of a block begin."""
+    with beside(q.device, indices.numel()):
+        call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
+        index = call.readers()
+        return _key_parts(call, index, lse, delta), index.work_offset, index.level
+
+
+def _finish(
+    d_out: Tensor,
+    delta: Tensor,  # unused; named so that a compiler keeps what `_begin` may still be reading
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    union_row: Tensor,
+    union_mask: Tensor,
+    union_count: Tensor,
+    part: Tensor,
+    work_offset: Tensor,
+    level: Tensor,
+    lengths: Sequence[int],
+    block_size: int,
+    scale: float,
     plus_q: Tensor | None = None,  # added to dq, dk, dv in float32: all three or none
     plus_k: Tensor | None = None,
     plus_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v, contiguous."""
-    plus = plus_q is not None
-    small = small_shared_memory(q.device.index)
-    plan = strategy(q.shape[2], k.shape[2], q.shape[3], block_size, indices.shape[3], small)
-    x = _Shape.of(q, k, indices, block_size, scale, plan.tokens)
-    dq, dk, dv = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
-    (q, q_strides), (k, k_strides), (v, v_strides), (d_out, d_strides) = rows(q), rows(k), rows(v), rows(d_out)
-    indices = aligned(indices)
-    strides = (*q_strides, *k_strides, *v_strides, *d_strides)
-    launch = Launcher(q.device, q.dtype, indices.dtype, x.H, x.K, x.slots, plan.limit, strides)
-    delta = torch.empty_like(lse)
-    layout = layout_of(tuple(lengths), *q.shape[:2])
-    starts, tile_start = layout.starts(q.device), layout.block_grid(plan.tokens, q.device).block_start
-    tiles = tile_start.numel() - 1
-    beside = fork(q.device) if indices.numel() >= LARGE_INDEX else None
-    grid = layout.block_grid(4 * x.S, q.device)
-    bitmap_rows = _bitmap_rows(layout, x.S, str(q.device))
-    with torch.cuda.stream(beside):  # of small kernels, which leave the GPU room for those of dq
-        readers = indices.view(x.N, x.K, x.slots)
-        index = reader_index(readers, grid.first_block, grid.block_start, *bitmap_rows, plan.cost)
-    dq_plus, dk_plus, dv_plus = (y if x is None else aligned(x) for x, y in ((plus_q, dq), (plus_k, dk), (plus_v, dv)))
-    tensors: tuple[Any, ...] = (q, k, v, d_out, out, lse, delta, dq, dq_plus)
-    tile = plan.union_dq
-    arguments: tuple[Any, ...] = (
-        *tensors, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked, plan.limit
-    )  # fmt: skip
-    select = plan.select[1] and tile.columns <= 4 * x.S
-    constants: tuple[Any, ...] = (
-        x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, strides), plus
-    )  # fmt: skip
-    launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    tile = plan.token_dq
-    arguments = (*tensors, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, plan.limit)
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
-    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    read = (q, k, v, d_out, lse, delta)
-    if beside is not None:
-        torch.cuda.current_stream(q.device).wait_stream(beside)
-    _keys_and_values(launch, plan, x, grid, index, read, strides, (dk, dv, dk_plus, dv_plus), plus)
-    return dq, dk, dv
+    """dq, dk, dv, the latter two of what `_begin` returned."""
+    call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
+    dq, _ = _queries(call, out, lse, union_row, union_mask, union_count, plus_q)
+    join(q.device, indices.numel())
+    return dq, *_keys_and_values(call, part, work_offset, level, plus_k, plus_v)
 
 
-def _forward_on_its_device(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    with on_device(q):
-        return _forward(q, *rest)
+def _on_its_device(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    @wraps(function)
+    def run(first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        with on_device(first):
+            return function(first, *rest)
 
-
-def _backward_on_its_device(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    with on_device(d_out):
-        return _backward(d_out, *rest)
+    return run
 
 
 def _forward_fake(
@@ -336,8 +423,18 @@ def _forward_fake(
     return out, q.new_empty(q.shape[:3], dtype=torch.float32), union_row, union_mask, count
 
 
-def _backward_fake(d_out, q, k, v, *_rest):  # type: ignore[no-untyped-def]
+def _gradients_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, v))
+
+
+def _begin_fake(d_out, delta, q, k, v, indices, lse, lengths, S, scale):  # type: ignore[no-untyped-def]
+    layout, K = DocumentLayout(tuple(lengths), *q.shape[:2]), int(k.shape[2])
+    supers = layout.block_grid(4 * S).num_blocks
+    plan = strategy(int(q.shape[2]), K, int(q.shape[3]), int(S), int(indices.shape[3]))
+    sizes = index_sizes(indices.numel(), K * supers, K * _bitmap_rows(layout, S, "cpu")[1], plan.cost)
+    integers = lambda n: q.new_empty(n, dtype=torch.int32)  # noqa: E731
+    part = q.new_empty(2, sizes.units * S, max(16, next_power_of_two(int(q.shape[3]))), dtype=torch.float32)
+    return part, integers(7 * K * supers + 1), integers(K * supers)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -368,18 +465,24 @@ class _Sparse(torch.autograd.Function):
 
 
 LIBRARY = torch.library.Library("ssa", "FRAGMENT")  # cheaper per call than `custom_op`
+_READ = "Tensor q, Tensor k, Tensor v, Tensor indices"
+_SAVED = "Tensor out, Tensor lse, Tensor union_row, Tensor union_mask, Tensor union_count"
+_NUMBERS = "int[] lengths, int block_size, float scale"
+_PARTS = "Tensor part, Tensor work_offset, Tensor level"
+_PLUS = "Tensor? plus_q=None, Tensor? plus_k=None, Tensor? plus_v=None"
+LIBRARY.define(f"sparse_forward({_READ}, {_NUMBERS}) -> ({_SAVED})")
+LIBRARY.define(f"sparse_backward(Tensor d_out, {_READ}, {_SAVED}, {_NUMBERS}) -> (Tensor dq, Tensor dk, Tensor dv)")
+LIBRARY.define(f"sparse_begin(Tensor d_out, Tensor delta, {_READ}, Tensor lse, {_NUMBERS}) -> ({_PARTS})")
 LIBRARY.define(
-    "sparse_forward(Tensor q, Tensor k, Tensor v, Tensor indices, int[] lengths, int block_size, float scale) "
-    "-> (Tensor out, Tensor lse, Tensor union_row, Tensor union_mask, Tensor union_count)"
-)
-LIBRARY.define(
-    "sparse_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor out, Tensor lse, "
-    "Tensor union_row, Tensor union_mask, Tensor union_count, int[] lengths, int block_size, float scale, "
-    "Tensor? plus_q=None, Tensor? plus_k=None, Tensor? plus_v=None) "
+    f"sparse_finish(Tensor d_out, Tensor delta, {_READ}, {_SAVED}, {_PARTS}, {_NUMBERS}, {_PLUS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
-LIBRARY.impl("sparse_forward", _forward_on_its_device, "CompositeExplicitAutograd")
-LIBRARY.impl("sparse_backward", _backward_on_its_device, "CompositeExplicitAutograd")
-torch.library.register_fake("ssa::sparse_forward", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("ssa::sparse_backward", _backward_fake, lib=LIBRARY)
+for _name, _function, _fake in (
+    ("sparse_forward", _forward, _forward_fake),
+    ("sparse_backward", _backward, lambda d_out, q, k, v, *_: _gradients_fake(q, k, v)),
+    ("sparse_begin", _begin, _begin_fake),
+    ("sparse_finish", _finish, lambda d_out, delta, q, k, v, *_: _gradients_fake(q, k, v)),
+):
+    LIBRARY.impl(_name, _on_its_device(_function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssa::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd("ssa::sparse_forward", _gradients, setup_context=_setup_context, lib=LIBRARY)

@@ -247,6 +247,33 @@ class ReaderIndex(NamedTuple):
     units: int  # bound of the blocks that all work items cover
 
 
+class IndexSizes(NamedTuple):
+    """Host-side bounds, by shapes alone.
+
+    Attributes:
+        bitmap: whether the lists come from one.
+        segments: work items if every list were full.
+        most_works: work items of size 1, 2, 4.
+        units: blocks that all work items cover.
+    """
+
+    bitmap: bool
+    segments: int
+    most_works: tuple[int, ...]
+    units: int
+
+
+def index_sizes(entries: int, Z: int, words: int, cost: tuple[int, ...]) -> IndexSizes:
+    """Of ``entries`` slots, Z super-blocks over all KV heads, and ``words`` of bitmap."""
+    fits = 4 * words <= BITMAP_BYTES
+    levels, segments = len(cost) if fits else 1, ceil_div(entries, SEGMENT)
+    # groups of b blocks are taken only if their readers are fewer than this multiple of the blocks' readers together
+    most = [min(1.0, cost[0] / x) for x in cost[:levels]]
+    excess = max(b * share for b, share in zip((1, 2, 4), most, strict=False))
+    most_works = (4 * Z + segments, 2 * Z + segments, Z + segments)[:levels]
+    return IndexSizes(fits, segments, most_works, 4 * Z + int(excess * segments) + 1)
+
+
 def reader_index(
     indices: Tensor,  # [N, K, slots]
     super_of_document: Tensor,  # [N]
@@ -259,16 +286,15 @@ def reader_index(
     N, K, slots = indices.shape
     supers, entries, device = super_start.numel() - 1, N * K * slots, indices.device
     Z = K * supers
-    fits = 4 * K * words <= BITMAP_BYTES
-    levels = len(cost) if fits else 1
+    sizes = index_sizes(entries, Z, K * words, cost)
+    levels = len(sizes.most_works)
     costs = (*cost, 0, 0)[:3]
     launch = Launcher(device, indices.dtype, K, slots)
     integers = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
     entry_offset, work_offset = integers(7 * Z + 1), integers(7 * Z + 1)
-    segments = ceil_div(entries, SEGMENT)
-    work, level = integers(4 * Z + segments, 3), integers(Z)
+    work, level = integers(4 * Z + sizes.segments, 3), integers(Z)
     readers = torch.zeros(3 * Z, dtype=torch.int64, device=device)
-    if fits:
+    if sizes.bitmap:
         count, entry = integers(7 * Z), integers(entries)
         bitmap = torch.zeros(K * words, dtype=torch.int32, device=device)
         arguments: tuple[Any, ...] = (indices, bitmap, super_of_document, super_start, word_offset, N, words, K, slots)
@@ -281,18 +307,14 @@ def reader_index(
         count, readers, super_of_document, super_start, level, entry_offset, work_offset, supers, K,
     )  # fmt: skip
     launch(offset_kernel, (1, 1, 1), arguments, (levels, *costs, SEGMENT, 4096), Launch(16))
-    if fits:
+    if sizes.bitmap:
         arguments = (
             bitmap, word_offset, super_start, entry_offset, level, entry, work_offset, work, supers, words, K,
         )  # fmt: skip
         launch(compact_kernel, (supers, K, 4), arguments, (SEGMENT, WORDS), Launch(1))
     else:
         launch(work_kernel, (7 * Z, 1, 1), (entry_offset, work_offset, work), (SEGMENT,), Launch(1))
-    # groups of b blocks are taken only if their readers are fewer than this multiple of the blocks' readers together
-    most = [min(1.0, cost[0] / x) for x in cost[:levels]]
-    excess = max(b * share for b, share in zip((1, 2, 4), most, strict=False))
-    most_works = (4 * Z + segments, 2 * Z + segments, Z + segments)[:levels]
-    return ReaderIndex(entry, work, work_offset, level, most_works, 4 * Z + int(excess * segments) + 1)
+    return ReaderIndex(entry, work, work_offset, level, sizes.most_works, sizes.units)
 
 
 def _sorted_lists(indices: Tensor, super_of_document: Tensor, supers: int) -> tuple[Tensor, Tensor]:
