@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ssa.documents import DocumentLayout
 from ssa.ops.dispatch import Request, constant_when_compiled
 
+T = TypeVar("T")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -87,20 +88,19 @@ class Launcher:
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
-@contextmanager
-def beside(device: torch.device, entries: int) -> Iterator[None]:
-    """Launches go to a second stream, which is in step with the current one up to here; :func:`join` waits for it.
+def beside(device: torch.device, entries: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call ``function`` with its launches on a second stream, in step with the current one up to here.
 
-    For a selection of so many ``entries`` that the GPU's time, not the host's, is what counts. What is allocated
-    within may be freed at any time after the join: the second stream's next use begins by waiting for the current one.
+    :func:`join` waits for it. This is for a selection of so many ``entries`` that the GPU's time, not the host's, is
+    what counts; a smaller one, and what is being compiled, stays on the current stream. What is allocated within may be
+    freed at any time after the join: the second stream's next use begins by waiting for the current one.
     """
     second = _second_stream(device, entries)
     if second is None:
-        yield
-        return
+        return function(*arguments)
     second.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(second):
-        yield
+        return function(*arguments)
 
 
 def join(device: torch.device, entries: int) -> None:
@@ -111,7 +111,7 @@ def join(device: torch.device, entries: int) -> None:
 
 
 def _second_stream(device: torch.device, entries: int) -> torch.cuda.Stream | None:
-    if device.type != "cuda" or entries < WORTH_A_STREAM:
+    if torch.compiler.is_compiling() or device.type != "cuda" or entries < WORTH_A_STREAM:
         return None
     return _stream_beside(device, torch.cuda.current_stream(device).cuda_stream)
 

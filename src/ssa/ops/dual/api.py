@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from ssa.ops.full.api import full_attention
 from ssa.ops.full.rows import row_kernel
 from ssa.ops.selection.api import select_blocks
 from ssa.ops.spec import SparseSpec, is_integer
+from ssa.ops.triton_support import beside
 
 Stream = Literal["full", "sparse"]
 WHOLE = ("cuda", "packed")  # full backends of whole documents, which "auto" replaces for sampled rows
@@ -81,7 +83,8 @@ def ssa_attention(
     if block_indices is None and backend == "auto" and spec.reads_all(layout.max_length):
         return _one_stream(q, k, v, gate, layout, scale, full_backend)
     if block_indices is None:
-        block_indices = select_blocks(q, k, spec, layout, scale=scale, backend=backend)
+        select = partial(select_blocks, q, k, spec, layout, scale=scale, backend=backend)
+        block_indices = beside(q.device, layout.total * k.shape[2] * spec.num_blocks, select)
     else:
         check_block_indices("ssa_attention", block_indices, k, spec.block_size, layout)
     sparse = sparse_stream(q, k, spec.block_size, block_indices.shape[3], layout, scale, backend)

@@ -55,14 +55,9 @@ class BothStreams(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, indices: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            if torch.compiler.is_compiling():
-                sparse = plan.sparse.forward(q, k, v, indices)
-                full = _full_forward(plan, q, k, v, indices)
-            else:
-                with beside(q.device, indices.numel()):
-                    sparse = plan.sparse.forward(q, k, v, indices)
-                full = _full_forward(plan, q, k, v, indices)
-                join(q.device, indices.numel())
+            sparse = beside(q.device, indices.numel(), plan.sparse.forward, q, k, v, indices)
+            full = _full_forward(plan, q, k, v, indices)
+            join(q.device, indices.numel())
             streams = plan.streams(full[0], sparse[0], gate)
             out, distance, mass = plan.passes.forward(
                 streams, full[1].reshape(streams.full.shape[:2]), sparse[1].flatten(0, 1)

@@ -346,8 +346,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, contiguous."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
-    with beside(q.device, indices.numel()):  # small kernels, which leave the GPU room for those of dq
-        index = call.readers()
+    index = beside(q.device, indices.numel(), call.readers)  # small kernels, which leave the GPU room for those of dq
     dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
     join(q.device, indices.numel())
     part = _key_parts(call, index, lse, delta)
@@ -367,10 +366,13 @@ def _begin(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What of dk and dv needs nothing else, beside what comes next: the parts, and where those of a block begin."""
-    with beside(q.device, indices.numel()):
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
         call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
         index = call.readers()
         return _key_parts(call, index, lse, delta), index.work_offset, index.level
+
+    return beside(q.device, indices.numel(), run)
 
 
 def _finish(
