@@ -58,7 +58,7 @@ def emulated_flash_backward(
 
 def totals(kernel: row_kernels.RowKernel, d_out: Tensor, inputs: list[Tensor], results: Any) -> row_kernels.Totals:
     found = row_kernels.Totals(*(torch.ones_like(x) for x in inputs))  # gradients are added to what is there
-    kernel.backward(d_out, *inputs, *results, ROWS, 0.4, found)
+    kernel.backward(d_out, *inputs, *results, ROWS, 0.4)(found)
     return found
 
 

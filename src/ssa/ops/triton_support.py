@@ -84,6 +84,10 @@ class Launcher:
         if compiled is not None:  # None from the interpreter
             _COMPILED[key] = compiled
 
+    def beside(self, entries: int, *launch: Any) -> None:
+        """Launch as a call does, beside what comes next; see :func:`beside`."""
+        beside(self.facts[0], entries, lambda: Launcher(self.facts[0], *self.facts[1])(*launch))
+
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 

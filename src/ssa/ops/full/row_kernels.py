@@ -35,10 +35,11 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 class RowKernel(NamedTuple):
     """``forward(q, k, v, rows, scale)``: out ``[R, H, D]`` and log-sum-exp ``[R, H]`` of flat ``q [N, H, D]``, k, v.
-    ``backward(d_out, q, k, v, out, lse, rows, scale, totals)`` adds to the :class:`Totals`."""
+    ``backward(d_out, q, k, v, out, lse, rows, scale)`` computes the gradients and returns what adds them to
+    :class:`Totals`, which need not exist before."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., None]
+    backward: Callable[..., Callable[[Totals], None]]
 
 
 class Totals(NamedTuple):
@@ -166,31 +167,37 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
         return out, lse
 
     def rows_backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
-        totals: Totals,
-    ) -> None:  # fmt: skip
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+    ) -> Callable[[Totals], None]:
         index = rows.index(q.device)
         query, key, value = (x.index_select(0, index) for x in (q, k, v))
         squares = []
         for size, span in rows.squares():
             parts = (x[span].unflatten(0, (-1, size)) for x in (d_out, query, key, value, out, lse))
-            dq, dk, dv = (g.flatten(0, 1) for g in backward(*parts, True, scale))
-            squares.append(dq)
-            for total, grad in ((totals.dk, dk), (totals.dv, dv)):
-                total.index_add_(0, index[span], grad.to(total.dtype))
-        square_dq = squares[0] if len(squares) == 1 else torch.cat(squares)
-        _, join = _joints(q.device)
+            squares.append([g.flatten(0, 1) for g in backward(*parts, True, scale)])
+        square_dq, *own = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*squares, strict=True))
+        past: list[tuple[Window, slice, Gradients | None]] = []
         for w, span in rows.spans():
-            past_dq = None
+            grads = None
             if w.begin:
                 heads = _heads(w, q, k)
                 do_, q_, out_, lse_ = (fold(x[span], w.documents, heads) for x in (d_out, query, out, lse))
                 keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
-                past_dq, past_dk, past_dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
-                past_dq = unfold(past_dq, w.size)
-                w.keys(totals.dk, w.begin).add_(past_dk)
-                w.keys(totals.dv, w.begin).add_(past_dv)
-            join(totals.dq, index[span], square_dq[span], past_dq)
+                dq, dk, dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
+                grads = unfold(dq, w.size), dk, dv
+            past.append((w, span, grads))
+
+        def add_to(totals: Totals) -> None:
+            _, join = _joints(q.device)
+            for total, grad in zip(totals[1:], own, strict=True):
+                total.index_add_(0, index, grad.to(total.dtype))
+            for w, span, grads in past:
+                join(totals.dq, index[span], square_dq[span], None if grads is None else grads[0])
+                if grads is not None:
+                    w.keys(totals.dk, w.begin).add_(grads[1])
+                    w.keys(totals.dv, w.begin).add_(grads[2])
+
+        return add_to
 
     return RowKernel(rows_forward, rows_backward)
 
@@ -228,9 +235,8 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: floa
 
 
 def _flash_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
-    totals: Totals,
-) -> None:  # fmt: skip
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+) -> Callable[[Totals], None]:
     x = _varlen(rows, q.device)
     query, key, value = q.index_select(0, rows.index(q.device)), *(y.index_select(0, x.key_rows) for y in (k, v))
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state, unused
@@ -239,9 +245,13 @@ def _flash_backward(
         d_out, query, key, value, out, lse.t().contiguous(), x.queries, x.keys, *x.longest, 0.0, True, state, unused,
         scale=scale,
     )  # fmt: skip
-    for total, grad in ((totals.dk, dk), (totals.dv, dv)):
-        total.index_add_(0, x.key_rows, grad.to(total.dtype))
-    _joints(q.device)[1](totals.dq, rows.index(q.device), dq, None)
+
+    def add_to(totals: Totals) -> None:
+        for total, grad in ((totals.dk, dk), (totals.dv, dv)):
+            total.index_add_(0, x.key_rows, grad.to(total.dtype))
+        _joints(q.device)[1](totals.dq, rows.index(q.device), dq, None)
+
+    return add_to
 
 
 # ---------------------------------------------------------------------- plain PyTorch: the specification
@@ -266,20 +276,27 @@ def _reference_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: 
 
 
 def _reference_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float,
-    totals: Totals,
-) -> None:  # fmt: skip
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
+) -> Callable[[Totals], None]:
     q_, k_, v_, do_, out_ = (x.to(_wide(q)) for x in (q, k, v, d_out, out))
     query, K = q_.index_select(0, rows.index(q.device)), k.shape[1]
+    found: list[tuple[Window, slice, Gradients]] = []
     for w, span in rows.spans():
         probability = _logits(w, span, query, k_, scale).softmax(-1)
         grouped = [x[span].unflatten(0, (w.documents, -1)).unflatten(2, (K, -1)) for x in (do_, query, out_)]
         delta = (grouped[0] * grouped[2]).sum(-1).permute(0, 2, 3, 1)[..., None]  # [n, K, G, W, 1]
         d_logits = probability * (torch.einsum("nwkgd,nlkd->nkgwl", grouped[0], w.keys(v_, w.end)) - delta) * scale
         dq = torch.einsum("nkgwl,nlkd->nwkgd", d_logits, w.keys(k_, w.end)).flatten(2, 3).flatten(0, 1)
-        add(totals.dq, rows.index(q.device)[span], dq, None)
-        w.keys(totals.dk, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", d_logits, grouped[1]))
-        w.keys(totals.dv, w.end).add_(torch.einsum("nkgwl,nwkgd->nlkd", probability, grouped[0]))
+        dk, dv = (torch.einsum("nkgwl,nwkgd->nlkd", *x) for x in ((d_logits, grouped[1]), (probability, grouped[0])))
+        found.append((w, span, (dq, dk, dv)))
+
+    def add_to(totals: Totals) -> None:
+        for w, span, (dq, dk, dv) in found:
+            add(totals.dq, rows.index(q.device)[span], dq, None)
+            w.keys(totals.dk, w.end).add_(dk)
+            w.keys(totals.dv, w.end).add_(dv)
+
+    return add_to
 
 
 CUDNN = _rectangles(_cudnn_forward, _cudnn_backward)

@@ -111,5 +111,5 @@ class _Rows(torch.autograd.Function):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq = torch.zeros(flat[0].shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in flat[1:])
-        kernel.backward(d_out.contiguous(), *flat, out, lse, rows, scale, Totals(dq, dk, dv))
+        kernel.backward(d_out.contiguous(), *flat, out, lse, rows, scale)(Totals(dq, dk, dv))
         return dq.view(q.shape), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), None, None, None

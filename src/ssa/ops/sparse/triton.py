@@ -205,6 +205,13 @@ def _forward(
     launch(union_kernel, (tiles, x.K, 1), arguments, constants, Launch(min(8, max(1, x.list_size // 256))))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = plan.token_forward
+    arguments = (
+        q, k, v, out, lse, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, x.masked,
+        plan.limit,
+    )  # fmt: skip
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
+    launch.beside(indices.numel(), token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.union_forward
     arguments = (
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
@@ -213,13 +220,7 @@ def _forward(
     select = plan.select[0] and tile.columns <= 4 * x.S
     constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    tile = plan.token_forward
-    arguments = (
-        q, k, v, out, lse, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, x.masked,
-        plan.limit,
-    )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
-    launch(token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    join(q.device, indices.numel())
     return out, lse, union_row, union_mask, union_count
 
 
@@ -268,7 +269,7 @@ def _queries(
     call: _Call, out: Tensor, lse: Tensor, union_row: Tensor, union_mask: Tensor, union_count: Tensor,
     plus_q: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, and delta: the sums of out times d_out over the head dimension."""
+    """dq, and delta: the sums of out times d_out over the head dimension. Joins what runs beside."""
     plan, x, launch = call.plan, call.x, call.launcher()
     dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     delta = torch.empty_like(lse)
@@ -276,21 +277,22 @@ def _queries(
     tiles, plus = tile_start.numel() - 1, plus_q is not None
     dq_plus = dq if plus_q is None else aligned(plus_q)
     tensors: tuple[Any, ...] = (call.q, call.k, call.v, call.d_out, out, lse, delta, dq, dq_plus)
-    tile = plan.union_dq
+    tile = plan.token_dq
     arguments: tuple[Any, ...] = (
+        *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
+    )  # fmt: skip
+    constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
+    launch.beside(call.indices.numel(), token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    tile = plan.union_dq
+    arguments = (
         *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
-    constants: tuple[Any, ...] = (
+    constants = (
         x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus
     )  # fmt: skip
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    tile = plan.token_dq
-    arguments = (
-        *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
-    )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
-    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    join(dq.device, call.indices.numel())
     return dq, delta
 
 
@@ -348,7 +350,6 @@ def _backward(
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
     index = beside(q.device, indices.numel(), call.readers)  # small kernels, which leave the GPU room for those of dq
     dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
-    join(q.device, indices.numel())
     part = _key_parts(call, index, lse, delta)
     return dq, *_keys_and_values(call, part, index.work_offset, index.level, None, None)
 
@@ -400,7 +401,6 @@ def _finish(
     """dq, dk, dv, the latter two of what `_begin` returned."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
     dq, _ = _queries(call, out, lse, union_row, union_mask, union_count, plus_q)
-    join(q.device, indices.numel())
     return dq, *_keys_and_values(call, part, work_offset, level, plus_k, plus_v)
 
 
@@ -430,10 +430,11 @@ def _gradients_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _begin_fake(d_out, delta, q, k, v, indices, lse, lengths, S, scale):  # type: ignore[no-untyped-def]
-    layout, K = DocumentLayout(tuple(lengths), *q.shape[:2]), int(k.shape[2])
-    supers = layout.block_grid(4 * S).num_blocks
+    K = int(k.shape[2])
+    begins = [(n, begin) for n in lengths for begin in range(0, n, 4 * S)]  # of super-blocks; as :func:`_bitmap_rows`
+    supers, words = len(begins), sum(4 * ceil_div(n - begin, 32) for n, begin in begins)
     plan = strategy(int(q.shape[2]), K, int(q.shape[3]), int(S), int(indices.shape[3]))
-    sizes = index_sizes(indices.numel(), K * supers, K * _bitmap_rows(layout, S, "cpu")[1], plan.cost)
+    sizes = index_sizes(indices.numel(), K * supers, K * words, plan.cost)
     integers = lambda n: q.new_empty(n, dtype=torch.int32)  # noqa: E731
     part = q.new_empty(2, sizes.units * S, max(16, next_power_of_two(int(q.shape[3]))), dtype=torch.float32)
     return part, integers(7 * K * supers + 1), integers(K * supers)
