@@ -22,7 +22,7 @@ docs: $(VENV)/.dev
 
 # On a machine with a GPU: the proofs of the kernels
 gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu -n 8
 
 # Source distribution and wheel, installed with their dependencies into an empty environment
 wheel-check: $(VENV)/.dev

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ssa import DocumentLayout
 from ssa.ops import SparseSpec, select_blocks, sparse_attention
@@ -53,6 +55,9 @@ def compare_halves() -> None:
         views = [torch.stack([x, x], -1)[..., 0] for x in plus]  # not contiguous
         given = (d_out, (d_out * results[0]).sum(-1), *leaves, indices)
         begun = torch.ops.ssa.sparse_begin(*given, results[1], *rest)
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            said = torch.ops.ssa.sparse_begin(*(mode.from_tensor(x) for x in (*given, results[1])), *rest)
+        assert [(x.shape, x.dtype) for x in said] == [(x.shape, x.dtype) for x in begun]
         summed = torch.ops.ssa.sparse_finish(*given, *results, *begun, *rest, *views)
         triton.strategy = shipped
         for a, b, c in zip(summed, plain, plus, strict=True):
