@@ -24,7 +24,7 @@ T = TypeVar("T")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-WORTH_A_STREAM = 1 << 18  # entries of a selection
+WORTH_A_STREAM = 1 << 14  # tokens times KV heads
 MAX_TOKENS = 1 << 27  # an entry of the inverted index packs a token and four flags into 31 bits
 MAX_ENTRIES = (1 << 31) - (1 << 11)
 LOG2E = math.log2(math.e)
@@ -84,22 +84,22 @@ class Launcher:
         if compiled is not None:  # None from the interpreter
             _COMPILED[key] = compiled
 
-    def beside(self, entries: int, *launch: Any) -> None:
+    def beside(self, size: int, *launch: Any) -> None:
         """Launch as a call does, beside what comes next; see :func:`beside`."""
-        beside(self.facts[0], entries, lambda: Launcher(self.facts[0], *self.facts[1])(*launch))
+        beside(self.facts[0], size, lambda: Launcher(self.facts[0], *self.facts[1])(*launch))
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
-def beside(device: torch.device, entries: int, function: Callable[..., T], *arguments: Any) -> T:
+def beside(device: torch.device, size: int, function: Callable[..., T], *arguments: Any) -> T:
     """Call ``function`` with its launches on a second stream, in step with the current one up to here.
 
-    :func:`join` waits for it. This is for a selection of so many ``entries`` that the GPU's time, not the host's, is
-    what counts; a smaller one, and what is being compiled, stays on the current stream. What is allocated within may be
-    freed at any time after the join: the second stream's next use begins by waiting for the current one.
+    :func:`join` waits for it. ``size``: tokens times KV heads, of which there must be so many that the GPU's time, not
+    the host's, is what counts; fewer, and what is being compiled, stay on the current stream. What is allocated within
+    may be freed at any time after the join: the second stream's next use begins by waiting for the current one.
     """
-    second = _second_stream(device, entries)
+    second = _second_stream(device, size)
     if second is None:
         return function(*arguments)
     second.wait_stream(torch.cuda.current_stream(device))
@@ -107,15 +107,15 @@ def beside(device: torch.device, entries: int, function: Callable[..., T], *argu
         return function(*arguments)
 
 
-def join(device: torch.device, entries: int) -> None:
+def join(device: torch.device, size: int) -> None:
     """The current stream waits for what was launched beside it."""
-    second = _second_stream(device, entries)
+    second = _second_stream(device, size)
     if second is not None:
         torch.cuda.current_stream(device).wait_stream(second)
 
 
-def _second_stream(device: torch.device, entries: int) -> torch.cuda.Stream | None:
-    if torch.compiler.is_compiling() or device.type != "cuda" or entries < WORTH_A_STREAM:
+def _second_stream(device: torch.device, size: int) -> torch.cuda.Stream | None:
+    if torch.compiler.is_compiling() or device.type != "cuda" or size < WORTH_A_STREAM:
         return None
     return _stream_beside(device, torch.cuda.current_stream(device).cuda_stream)
 

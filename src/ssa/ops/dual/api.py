@@ -84,7 +84,7 @@ def ssa_attention(
         return _one_stream(q, k, v, gate, layout, scale, full_backend)
     if block_indices is None:
         select = partial(select_blocks, q, k, spec, layout, scale=scale, backend=backend)
-        block_indices = beside(q.device, layout.total * k.shape[2] * spec.num_blocks, select)
+        block_indices = beside(q.device, layout.total * k.shape[2], select)
     else:
         check_block_indices("ssa_attention", block_indices, k, spec.block_size, layout)
     sparse = sparse_stream(q, k, spec.block_size, block_indices.shape[3], layout, scale, backend)

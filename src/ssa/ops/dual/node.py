@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -55,9 +56,10 @@ class BothStreams(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, indices: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            sparse = beside(q.device, indices.numel(), plan.sparse.forward, q, k, v, indices)
+            size = math.prod(indices.shape[:3])
+            sparse = beside(q.device, size, plan.sparse.forward, q, k, v, indices)
             full = _full_forward(plan, q, k, v, indices)
-            join(q.device, indices.numel())
+            join(q.device, size)
             streams = plan.streams(full[0], sparse[0], gate)
             out, distance, mass = plan.passes.forward(
                 streams, full[1].reshape(streams.full.shape[:2]), sparse[1].flatten(0, 1)

@@ -6,6 +6,7 @@ activation checkpointing and FSDP see them as single operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ def _forward(
         plan.limit,
     )  # fmt: skip
     constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
-    launch.beside(indices.numel(), token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    launch.beside(x.N * x.K, token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.union_forward
     arguments = (
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
@@ -220,7 +221,7 @@ def _forward(
     select = plan.select[0] and tile.columns <= 4 * x.S
     constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    join(q.device, indices.numel())
+    join(q.device, x.N * x.K)
     return out, lse, union_row, union_mask, union_count
 
 
@@ -282,7 +283,7 @@ def _queries(
         *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
     )  # fmt: skip
     constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
-    launch.beside(call.indices.numel(), token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    launch.beside(x.N * x.K, token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.union_dq
     arguments = (
         *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
@@ -292,7 +293,7 @@ def _queries(
         x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus
     )  # fmt: skip
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    join(dq.device, call.indices.numel())
+    join(dq.device, x.N * x.K)
     return dq, delta
 
 
@@ -348,7 +349,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, contiguous."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
-    index = beside(q.device, indices.numel(), call.readers)  # small kernels, which leave the GPU room for those of dq
+    index = beside(
+        q.device, call.x.N * call.x.K, call.readers
+    )  # small kernels, which leave the GPU room for those of dq
     dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
     part = _key_parts(call, index, lse, delta)
     return dq, *_keys_and_values(call, part, index.work_offset, index.level, None, None)
@@ -373,7 +376,7 @@ def _begin(
         index = call.readers()
         return _key_parts(call, index, lse, delta), index.work_offset, index.level
 
-    return beside(q.device, indices.numel(), run)
+    return beside(q.device, math.prod(indices.shape[:3]), run)
 
 
 def _finish(
