@@ -349,9 +349,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, contiguous."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
-    index = beside(
-        q.device, call.x.N * call.x.K, call.readers
-    )  # small kernels, which leave the GPU room for those of dq
+    index = beside(q.device, call.x.N * call.x.K, call.readers)  # small kernels, which leave room for those of dq
     dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
     part = _key_parts(call, index, lse, delta)
     return dq, *_keys_and_values(call, part, index.work_offset, index.level, None, None)
