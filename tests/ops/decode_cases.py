@@ -115,8 +115,20 @@ def small_tiles() -> None:
         compare("one token, ragged")
 
 
+def together() -> None:
+    """Rows of several tiles by the kernel whose programs wait for each other; here one program has them all."""
+    import ssa.ops.decode.triton as launches
+
+    launches.TOGETHER, launches.TILES, launches.TILE_BYTES = True, 0, 1
+    launches._selection.cache_clear()
+    x = CASES["one token, ragged"]
+    assert launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None).tiles > 1
+    for name in CASES:
+        compare(name)
+
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     for case in sys.argv[1:]:
-        special = {"slabs": slabs, "small tiles": small_tiles}
+        special = {"slabs": slabs, "small tiles": small_tiles, "together": together}
         special.get(case, lambda name=case: compare(name))()

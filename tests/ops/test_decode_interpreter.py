@@ -12,6 +12,7 @@ CASES = (
     "more keys than one program attends",
     "small tiles",
     "slabs",
+    "together",
 )
 
 

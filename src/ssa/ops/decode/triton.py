@@ -23,6 +23,7 @@ from ssa.ops.decode.triton_kernels import (
     select_kernel,
     sum_kernel,
 )
+from ssa.ops.decode.triton_together import together_kernel
 from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import LOG2E, capability, ceil_div, next_power_of_two
 
@@ -37,6 +38,9 @@ CHOOSE_PROGRAMS = 2  # a processor, at most
 CHOOSE_REGISTERS = 128  # of a thread where there are more programs than processors
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
+TOGETHER = False  # large batches by one kernel, whose programs wait for each other; not measured yet
+LOGITS = 8192  # of a program there, kept in registers
+TOGETHER_REGISTERS = 128  # of a thread there: four programs a processor
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
@@ -58,6 +62,7 @@ class _Selection(NamedTuple):
     parts: int  # programs of a row that sum over the heads
     few: bool  # by choose_kernel
     lists: int  # NL
+    tiles: int  # of a program of together_kernel; 0: not by it
 
 
 class _Attention(NamedTuple):
@@ -79,9 +84,13 @@ def _processors(index: int | None) -> int:
 @cache
 def _dependent(index: int | None) -> dict[str, Any]:
     """Launch options of programmatic dependent launch; none where it is not available."""
-    available = torch.cuda.is_available() and capability(index)[0] >= 9 and os.environ.get("TRITON_INTERPRET") != "1"
+    available = torch.cuda.is_available() and capability(index)[0] >= 9 and not _interpreted()
     gdc = getattr(getattr(tl.extra, "cuda", None), "gdc_wait", None)
     return {"launch_pdl": True} if DEPENDENT_LAUNCH and available and gdc is not None else {}
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _tile(DP: int, itemsize: int, least: int) -> int:
@@ -114,7 +123,13 @@ def _selection(
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
     lists = max(KP, 16, next_power_of_two(scored))
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists)
+    M, each = max(16, GP), 0
+    if TOGETHER and not few:
+        each = tiles if _interpreted() else max(1, LOGITS // (M * BN))  # an interpreter runs programs one by one
+        parts = ceil_div(tiles, each)
+        if parts > processors:  # a row's programs have to be at work together
+            each, parts = 0, max(1, min(tiles, 8 * processors // rows))
+    return _Selection(DP, GP, M, BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists, each)
 
 
 @lru_cache(maxsize=256)
@@ -161,7 +176,9 @@ def _select(
     indices = torch.empty((B, N, K, k_blocks) if not (attend and x.few) else (0,), dtype=torch.int32, device=device)
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
-    floats = torch.empty(x.slab * K * (G * x.width + x.splits * 2 * x.GP + x.width), dtype=torch.float32, device=device)
+    room = x.parts * 2 * x.GP if x.tiles else G * x.width + x.splits * 2 * x.GP
+    floats = torch.empty(x.slab * K * (room + x.width), dtype=torch.float32, device=device)
+    arrived = torch.zeros(2 * x.slab * K if x.tiles else 0, dtype=torch.int32, device=device)
     longs = torch.empty(x.slab * K * (1 + (x.width // SCORES * x.KP if x.few else 0)), dtype=torch.int64, device=device)
     maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given, first = starts is not None, lengths if starts is None else starts
@@ -172,6 +189,15 @@ def _select(
     crowded = x.slab * K * x.parts > _processors(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
+        if x.tiles:
+            together_kernel[(rows * K * x.parts,)](
+                q, pooled, k, v, lengths, first, indices, out, lse, floats, maxima, arrived, row0, rows, N, K, G,
+                x.parts, x.width, k_blocks, *forced, *q_strides, *pooled.stride()[:3], *kv_strides, c, D, x.DP, S,
+                x.GP, x.M, x.BN, x.BK, x.tiles, next_power_of_two(x.parts), x.chunks, x.chunk, x.KP, KP2,
+                spec.rule == "official", attend, update, given, bool(pdl),
+                num_warps=4, num_stages=2, maxnreg=TOGETHER_REGISTERS, **pdl,
+            )  # fmt: skip
+            continue
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
             *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),

@@ -338,6 +338,37 @@ def sum_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _select_and_attend(
+    q_md, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, score_row, chunk_row, row, head, sequence, start, position,
+    K, G, k, first_blocks, local_blocks, k_batch, k_row, k_head, v_batch, v_row, v_head, c,
+    D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, NCH: tl.constexpr,
+    CS: tl.constexpr, KP: tl.constexpr, KP2: tl.constexpr, OFFICIAL: tl.constexpr, ATTEND: tl.constexpr,
+):  # fmt: skip
+    """Write a row's blocks, the best of the chunks with the largest maxima, and attend over them."""
+    own = tl.where(position < 0, -1, position // S)
+    listed = indices_ptr + (row.to(tl.int64) * K + head) * k
+    if OFFICIAL:
+        _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
+    else:
+        hi = own + 1 - local_blocks
+        need = k - first_blocks - local_blocks
+        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
+        _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
+    if ATTEND:
+        tl.debug_barrier()  # the list is complete
+        h, d = tl.arange(0, M), tl.arange(0, DP)
+        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
+        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
+        position_m = tl.full([M], 0, tl.int32) + position
+        o_md, lse_m = _attend_span(
+            q_md, keys, values, listed, 0, k * S, position_m, position, k_row, v_row, c, M, D, DP, S, BK, True
+        )
+        place, live = (row.to(tl.int64) * K + head) * G, (h < G)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
+
+
 @triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC", "k", "first_blocks", "local_blocks"])
 def select_kernel(
     q_ptr,
@@ -391,33 +422,17 @@ def select_kernel(
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
-    own = tl.where(position < 0, -1, position // S)
+    h, d = tl.arange(0, M), tl.arange(0, DP)
+    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
+    q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=(h < G)[:, None] & (d < D)[None, :], other=0.0)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
     score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
-    listed = indices_ptr + (row.to(tl.int64) * K + head) * k
-    if OFFICIAL:
-        _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
-    else:
-        hi = own + 1 - local_blocks
-        need = k - first_blocks - local_blocks
-        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
-        _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
-    if ATTEND:
-        tl.debug_barrier()  # the list is complete
-        h, d = tl.arange(0, M), tl.arange(0, DP)
-        live = (h < G)[:, None] & (d < D)[None, :]
-        query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-        q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)
-        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
-        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
-        position_m = tl.full([M], 0, tl.int32) + position
-        o_md, lse_m = _attend_span(
-            q_md, keys, values, listed, 0, k * S, position_m, position, k_row, v_row, c, M, D, DP, S, BK, True
-        )
-        place = (row.to(tl.int64) * K + head) * G
-        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
+    _select_and_attend(
+        q_md, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, score_row, chunk_row, row, head, sequence, start, position,
+        K, G, k, first_blocks, local_blocks, k_batch, k_row, k_head, v_batch, v_row, v_head, c, D, DP, S, M, BK, NCH,
+        CS, KP, KP2, OFFICIAL, ATTEND,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "splits", "slots"])
