@@ -194,14 +194,11 @@ def step(shape: tuple[int, int, int], batch: int, capacity: int, **constants: An
     q = torch.empty(batch, 1, H, D, dtype=torch.bfloat16)
     k = torch.empty(batch, capacity, K, D, dtype=torch.bfloat16)
     pooled, lengths = k[:, ::16].contiguous(), torch.zeros(batch, dtype=torch.int32)
+    as_on_gpu: dict[str, Any] = {"_processors": lambda index: 132, "_dependent": lambda index: {"launch_pdl": True}}
 
     def call() -> None:
         triton_decode.forget_launches()
-        with (
-            patch.object(triton_decode, "_processors", lambda index: 132),
-            patch.object(triton_decode, "_dependent", lambda index: {"launch_pdl": True}),
-            patch.multiple(triton_decode, **constants),
-        ):
+        with patch.multiple(triton_decode, **as_on_gpu, **constants):
             triton_decode.decode_attention(q, k, k, pooled, lengths, None, SPEC, 0.125, False)
         triton_decode.forget_launches()
 
