@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,18 +189,16 @@ def variant_figure(study: Study) -> Figure | None:
 
 
 def _variant_panel(axes: Axes, study: Study, names: Sequence[str], measure: Measure) -> None:
-    """One row per variant. What lies far outside the methods' range is written at the edge, not drawn."""
-    inside = [v for name in study.variants("core") for v in study.values(name, measure).values()]
-    low, high = min(inside), max(inside)
-    reach = 1.5 * (high - low) or 1.0
+    """One row per variant. What lies far outside the middle half of the variants is written at the edge, not drawn."""
     own = study.values("ssa", measure)
+    low, high = _usual_range([list(study.values(name, measure).values()) for name in names])
     axes.axvline(math.fsum(own.values()) / len(own), color="#C9CFD6", linewidth=1, zorder=1)
     note: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "color": MUTED, "fontsize": 7.5}
     for row, name in enumerate(names):
         values = list(study.values(name, measure).values())
         mean = math.fsum(values) / len(values) if values else math.nan
         tone = COLOURS.get(name, COLOURS["ssa"])
-        if low - reach <= mean <= high + reach:
+        if low <= mean <= high:
             axes.plot(values, [row] * len(values), "o", color=tone, markersize=4, alpha=0.55, mew=0)
             axes.plot(mean, row, "D", color=tone, markersize=5)
         elif values:
@@ -207,8 +206,17 @@ def _variant_panel(axes: Axes, study: Study, names: Sequence[str], measure: Meas
             axes.text(0.99 if right else 0.01, row, f"{mean:.3g}", ha="right" if right else "left", **note)
         elif all(piece.status == "diverged" for piece in study.of(name)):
             axes.text(0.5, row, "diverged", ha="center", **note)
-    axes.set_xlim(low - reach, high + reach)
+    axes.set_xlim(low, high)
     axes.grid(axis="x")
+
+
+def _usual_range(rows: Sequence[list[float]]) -> tuple[float, float]:
+    """A range for all rows whose mean lies within four times the middle half of all means from their median."""
+    known = sorted((row for row in rows if row), key=statistics.fmean)
+    first, middle, last = (statistics.fmean(known[len(known) * n // 4]) for n in (1, 2, 3))
+    values = [v for row in known for v in row if abs(statistics.fmean(row) - middle) <= 4 * (last - first)]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
 
 
 def _row_label(name: str) -> str:
