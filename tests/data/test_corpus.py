@@ -117,14 +117,14 @@ def test_malformed_records_can_be_skipped_up_to_a_cap(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", gzip.compress(JSONL), "got gz data"),
+        ("a.jsonl", gzip.compress(JSONL, mtime=0), "got gz data"),
         ("a.txt", b"PAR1" + bytes(8), "got parquet data"),
         ("a.jsonl.gz", JSONL, "got uncompressed data"),
         ("a.parquet", b"PAR1 and no more", "broken parquet"),
         ("a.txt", b"abc\xff\xfe", "byte 0xff at 3"),
         ("a.txt", b"\xef\xbb\xbfabc\xff", "byte 0xff at 6"),
         ("a.json", b'[{"text": "x"}]', r"got a \.json file.*renaming it to \.jsonl"),
-        ("a.json.gz", gzip.compress(JSONL), r"got a \.json file"),
+        ("a.json.gz", gzip.compress(JSONL, mtime=0), r"got a \.json file"),
     ],
 )
 def test_content_that_contradicts_the_suffix(tmp_path, name, content, message):
