@@ -35,7 +35,7 @@ REPLAYS = 12
 DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
 _TOGETHER: dict[str, dict[str, object]] = {
     "together": {"TOGETHER": True},
-    "together, short parts": {"TOGETHER": True, "LOGITS": 4096},
+    "together, long parts": {"TOGETHER": True, "LOGITS": 8192, "TOGETHER_REGISTERS": 168},
     "together, fewer programs": {"TOGETHER": True, "TOGETHER_REGISTERS": 168},
 }
 _ALONE: dict[str, dict[str, object]] = {

@@ -21,6 +21,14 @@ from ssa.ops.selection.triton_topk import _key
 
 
 @triton.jit
+def _means(means, n, known, d, p_row, D: tl.constexpr):
+    """Pooled keys ``[BN, DP]`` of the blocks ``n``; nothing reads them again soon."""
+    there = (n < known)[:, None] & (d < D)[None, :]
+    place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
+    return tl.load(place, mask=there, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _fresh_logit(q_gd, keys, means, known, start, k_row, p_row, c, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
     """Make and keep the mean of the block that the new token completed; its logits ``[M]``."""
     d = tl.arange(0, DP)
@@ -107,14 +115,11 @@ def together_kernel(
             fresh_g = _fresh_logit(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
     m_g = tl.full([M], NOTHING, tl.float32)
     logits = ()
+    next_nd = _means(means, first + tl.arange(0, BN), known, d, p_row, D)
     for tile in tl.static_range(TILES):
-        n = first + tile * BN + tl.arange(0, BN)
-        k_nd = tl.load(
-            means + n.to(tl.int64)[:, None] * p_row + d[None, :],
-            mask=(n < known)[:, None] & (d < D)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        k_nd, n = next_nd, first + tile * BN + tl.arange(0, BN)
+        if tile + 1 < TILES:
+            next_nd = _means(means, n + BN, known, d, p_row, D)
         s_gn = tl.where((n < known)[None, :], tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
         if UPDATE:
             s_gn = tl.where(((n >= known) & (n < complete))[None, :], fresh_g[:, None], s_gn)
