@@ -40,7 +40,7 @@ def effort(study: Study) -> str:
     text = f"{len(done)} models in {variants} variants, {study.seconds / 60:.0f} minutes of training and evaluation"
     if calls := [call for call in study.calls if call.pieces]:
         gpus, processes = max(call.gpus for call in calls), max(call.workers for call in calls)
-        text += f" in {processes} processes"
+        text += f" in {'up to ' * (len({call.workers for call in calls}) > 1)}{processes} processes"
         text += f" on {gpus} GPU{'s' * (gpus > 1)}: {study.gpu_seconds / 60:.1f} GPU minutes" if gpus else " on a CPU"
     failed = len(study.pieces) - len(done)
     return f"{text} ({failed} pieces failed and are left out)." if failed else f"{text}."
