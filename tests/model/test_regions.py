@@ -54,6 +54,28 @@ def test_one_graph_before_and_one_after_attention_serve_all_layers_documents_and
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize(("narrow", "products"), [(1 << 20, 2), (0, 4)])
+def test_small_projections_are_one_product_of_a_compiled_step_without_gradients(
+    narrow: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(regions, "NARROW", narrow)
+    model = tiny_model().eval()
+    attention = model.model.layers[0].self_attn
+    modules, x = [attention.q_proj, attention.k_proj, attention.v_proj, attention.g_proj], torch.randn(2, 1, 32)
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.append(sum(node.target is F.linear or node.target is torch._C._nn.linear for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(lambda y: regions.project_all(modules, y), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for part, module in zip(compiled(x), modules, strict=True):
+            torch.testing.assert_close(part, module(x))
+    assert seen == [products]
+
+
 def test_recomputation_leaves_attention_alone() -> None:
     model = tiny_model().train()
     recompute_activations(model)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssa.model.modeling import SSADecoderLayer
 
 Region = Callable[..., Any]
+NARROW = 1 << 20  # elements of weights that are copied for one product sooner than read by several
 
 
 def before_attention(
@@ -42,15 +43,21 @@ def after_attention(layer: SSADecoderLayer, x: Tensor, out: Tensor, gate: Tensor
 
 
 def project_all(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """``module(x)`` of each. In compiled training steps one product: keys, values and gates are too narrow for a GPU.
+    """``module(x)`` of each. Compiled, one product: keys, values and gates are too narrow for a GPU. Without gradients,
+    where a step may be as short as reading the weights, it is all but the first module's, and only if they are small.
 
     Only of plain linear layers; adapted or quantised ones are called.
     """
     plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
-    if not (plain and torch.compiler.is_compiling() and torch.is_grad_enabled()):
+    if not (plain and torch.compiler.is_compiling()):
         return [linear(module, x) for module in modules]
-    weights = [cast("Tensor", module.weight) for module in modules]
-    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1)
+    weights, apart = [cast("Tensor", module.weight) for module in modules], 0
+    if not torch.is_grad_enabled():
+        apart = 1 if sum(weight.numel() for weight in weights[1:]) <= NARROW else len(weights)
+    found = [linear(module, x) for module in modules[:apart]]
+    if together := weights[apart:]:
+        found += F.linear(x, torch.cat(together)).split([len(weight) for weight in together], -1)
+    return found
 
 
 @cache
