@@ -100,6 +100,8 @@ def test_gathered_layers_stay_where_they_are_small() -> None:
     more = estimate_memory(small, config, 8).compute - estimate_memory(asked, config, 8).compute
     assert 0 < more <= GATHERED_BYTES
     assert "training.reshard: true" in advise(small, config, 8)
+    copied = load_recipe("1b/ssa", {"training.shard": 1})  # whole copies are not gathered
+    assert "training.reshard" not in advise(copied, config, 8)
     large = load_recipe("1b/ssa", {"model.num_hidden_layers": 64})
     assert must_reshard(large, large.model_config())
 

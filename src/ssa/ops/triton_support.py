@@ -140,7 +140,7 @@ def aligned(x: Tensor) -> Tensor:
 
 def refuse(request: Request) -> str | None:
     """Why the Triton kernels cannot serve ``request``, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = is_interpreted()
     if not has_triton():
         return "triton is not installed"
     if request.device.type != "cuda" and not (interpreted and request.device.type == "cpu"):
@@ -174,6 +174,12 @@ def _refuse_shape(request: Request, interpreted: bool) -> str | None:
 
 
 @constant_when_compiled
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@constant_when_compiled
 def has_triton() -> bool:
     """Whether the package is installed."""
     return find_spec("triton") is not None
@@ -188,7 +194,7 @@ def capability(index: int | None) -> tuple[int, int]:
 @cache
 def can_overlap(index: int | None) -> bool:
     """Whether a kernel may begin while the one ahead of it in the stream runs its last programs."""
-    return torch.cuda.is_available() and capability(index)[0] >= 9 and os.environ.get("TRITON_INTERPRET") != "1"
+    return torch.cuda.is_available() and capability(index)[0] >= 9 and not is_interpreted()
 
 
 @cache

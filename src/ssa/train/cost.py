@@ -233,7 +233,7 @@ def advise(recipe: Recipe, config: SSAConfig, processes: int) -> str:
     if training.micro_batch_rows > 1:
         rows = next(n for n in range(training.micro_batch_rows // 2, 0, -1) if training.micro_batch_rows % n == 0)
         changes.append((f"training.micro_batch_rows: {rows}", {"micro_batch_rows": rows}))
-    if processes > 1 and not must_reshard(recipe, config):
+    if resolve_shard(training.shard, processes) > 1 and not must_reshard(recipe, config):
         changes.append(("training.reshard: true", {"reshard": True}))
     if training.shard is not None and training.shard < processes:
         changes.append(("training.shard: null", {"shard": None}))

@@ -6,7 +6,6 @@ waits for the device and a CUDA graph of a step stays right for other lengths.
 
 from __future__ import annotations
 
-import os
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from ssa.ops.decode.triton_kernels import (
 )
 from ssa.ops.decode.triton_together import together_kernel
 from ssa.ops.spec import SparseSpec
-from ssa.ops.triton_support import LOG2E, capability, ceil_div, next_power_of_two
+from ssa.ops.triton_support import LOG2E, capability, ceil_div, is_interpreted, next_power_of_two
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
 FEW = 16  # budgets up to so many blocks are chosen by choose_kernel, which compares all pairs
@@ -84,13 +83,9 @@ def _processors(index: int | None) -> int:
 @cache
 def _dependent(index: int | None) -> dict[str, Any]:
     """Launch options of programmatic dependent launch; none where it is not available."""
-    available = torch.cuda.is_available() and capability(index)[0] >= 9 and not _interpreted()
+    available = torch.cuda.is_available() and capability(index)[0] >= 9 and not is_interpreted()
     gdc = getattr(getattr(tl.extra, "cuda", None), "gdc_wait", None)
     return {"launch_pdl": True} if DEPENDENT_LAUNCH and available and gdc is not None else {}
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _tile(DP: int, itemsize: int, least: int) -> int:
@@ -125,10 +120,9 @@ def _selection(
     lists = max(KP, 16, next_power_of_two(scored))
     M, each = max(16, GP), 0
     if TOGETHER and not few:
-        each = tiles if _interpreted() else max(1, LOGITS // (M * BN))  # an interpreter runs programs one by one
-        parts = ceil_div(tiles, each)
-        if parts > processors:  # a row's programs have to be at work together
-            each, parts = 0, max(1, min(tiles, 8 * processors // rows))
+        share = tiles if is_interpreted() else max(1, LOGITS // (M * BN))  # an interpreter runs programs one by one
+        if ceil_div(tiles, share) <= processors:  # a row's programs have to be at work at the same time
+            parts, each = ceil_div(tiles, share), share
     return _Selection(DP, GP, M, BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists, each)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.decode.triton_kernels import LN2, NOTHING, _attend_tile, _begin, _place, _share
+from ssa.ops.decode.triton_kernels import LN2, NOTHING, _attend_tile, _begin, _group, _place, _share
 
 LOW = tl.constexpr(0x7FFFFFFF)
 ABSENT_RANK = tl.constexpr(1 << 20)
@@ -108,9 +108,8 @@ def _finish(
     own = tl.where(position < 0, -1, position // S)
     h, d, s = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, KB)
     live = (h < G)[:, None] & (d < D)[None, :]
-    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-    if ATTEND:
-        q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=live, other=0.0)  # early: it waits for nothing
+    if ATTEND:  # early: it waits for nothing
+        q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     need = k - first_blocks - local_blocks
     block_e, rank_e = _merge(lists, tiles, need, NL, UB, KP)
     block_s = _all_blocks(block_e, rank_e, need, first_blocks, local_blocks, own, KB)

@@ -65,6 +65,36 @@ def _block_mean(rows, first, k_row, d, D: tl.constexpr, DP: tl.constexpr, S: tl.
     return tl.div_rn(total_d, tl.full([DP], S, tl.float32))
 
 
+@triton.jit
+def _group(
+    q_ptr, sequence, token, head, G, q_batch, q_row, q_head, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Queries ``[M, DP]`` of a new token's heads that share a KV head; 0 beyond them."""
+    g, d = tl.arange(0, M), tl.arange(0, DP)
+    query = q_ptr + sequence.to(tl.int64) * q_batch + token.to(tl.int64) * q_row + head * G * q_head
+    return tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _means(means, n, known, p_row, D: tl.constexpr, DP: tl.constexpr):
+    """Pooled keys ``[BN, DP]`` of the blocks ``n``, 0 from ``known`` on; nothing reads them again soon."""
+    d = tl.arange(0, DP)
+    there = (n < known)[:, None] & (d < D)[None, :]
+    place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
+    return tl.load(place, mask=there, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _fresh_logits(
+    q_gd, keys, means, block, start, k_row, p_row, c, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr
+):  # fmt: skip
+    """Make and keep the mean of the block that the new token completed; its logits ``[M]``."""
+    d = tl.arange(0, DP)
+    mean_d = _block_mean(keys, start + block * S, k_row, d, D, DP, S).to(means.dtype.element_ty)
+    tl.store(means + block.to(tl.int64) * p_row + d, mean_d, mask=d < D)
+    return tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
+
+
 @triton.jit(do_not_specialize=["new"])
 def pool_new_kernel(
     k_ptr,  # [B, C, K, D]
@@ -154,9 +184,8 @@ def score_kernel(
     first, last, _ = _share(tiles, split, splits)
     if first >= last:
         return
-    g, d = tl.arange(0, M), tl.arange(0, DP)
-    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-    q_gd = tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    g = tl.arange(0, M)
+    q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
     logits = float_ptr + pair.to(tl.int64) * G * NC
     m, l = tl.full([M], NOTHING, tl.float32), tl.zeros([M], tl.float32)
@@ -165,12 +194,7 @@ def score_kernel(
         known -= ((position + 1) % S == 0).to(tl.int32)
     for tile in range(first, tl.minimum(last, tl.cdiv(known, BN))):
         n = tile * BN + tl.arange(0, BN)
-        k_nd = tl.load(
-            means + n.to(tl.int64)[:, None] * p_row + d[None, :],
-            mask=(n < known)[:, None] & (d < D)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        k_nd = _means(means, n, known, p_row, D, DP)
         s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
         s_gn = tl.where((n < known)[None, :], s_gn, NOTHING)
         tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
@@ -180,9 +204,7 @@ def score_kernel(
     if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
         if (known < complete) & (last == tiles):
             keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
-            mean_d = _block_mean(keys, start + known * S, k_row, d, D, DP, S).to(pooled_ptr.dtype.element_ty)
-            tl.store(means + known.to(tl.int64) * p_row + d, mean_d, mask=d < D)
-            s_g = tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
+            s_g = _fresh_logits(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
             tl.store(logits + g * NC + known, s_g, mask=g < G)
             top = tl.maximum(m, s_g)
             l = l * tl.exp2(m - top) + tl.exp2(s_g - top)
@@ -422,9 +444,7 @@ def select_kernel(
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
-    h, d = tl.arange(0, M), tl.arange(0, DP)
-    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-    q_md = tl.load(query + h[:, None] * q_head + d[None, :], mask=(h < G)[:, None] & (d < D)[None, :], other=0.0)
+    q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
     score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)

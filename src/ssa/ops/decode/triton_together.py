@@ -16,25 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssa.ops.decode.triton_kernels import NOTHING, _begin, _block_mean, _place, _select_and_attend
+from ssa.ops.decode.triton_kernels import (
+    NOTHING,
+    _begin,
+    _fresh_logits,
+    _group,
+    _means,
+    _place,
+    _select_and_attend,
+)
 from ssa.ops.selection.triton_topk import _key
-
-
-@triton.jit
-def _means(means, n, known, d, p_row, D: tl.constexpr):
-    """Pooled keys ``[BN, DP]`` of the blocks ``n``; nothing reads them again soon."""
-    there = (n < known)[:, None] & (d < D)[None, :]
-    place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
-    return tl.load(place, mask=there, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _fresh_logit(q_gd, keys, means, known, start, k_row, p_row, c, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
-    """Make and keep the mean of the block that the new token completed; its logits ``[M]``."""
-    d = tl.arange(0, DP)
-    mean_d = _block_mean(keys, start + known * S, k_row, d, D, DP, S).to(means.dtype.element_ty)
-    tl.store(means + known.to(tl.int64) * p_row + d, mean_d, mask=d < D)
-    return tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "N", "parts", "NC", "k", "first_blocks", "local_blocks"])
@@ -102,9 +93,8 @@ def together_kernel(
     working = tl.maximum(tl.cdiv(complete, TILES * BN), 1)
     if part >= working:
         return
-    g, d, i = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, SP)
-    query = q_ptr + sequence.to(tl.int64) * q_batch + (row % N).to(tl.int64) * q_row + head * G * q_head
-    q_gd = tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    g, i = tl.arange(0, M), tl.arange(0, SP)
+    q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
     first = part * TILES * BN
     known, fresh_g = complete, tl.zeros([M], tl.float32)
@@ -112,14 +102,14 @@ def together_kernel(
         known -= ((position + 1) % S == 0).to(tl.int32)
         if (known < complete) & (known >= first) & (known < first + TILES * BN):
             keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
-            fresh_g = _fresh_logit(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
+            fresh_g = _fresh_logits(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
     m_g = tl.full([M], NOTHING, tl.float32)
     logits = ()
-    next_nd = _means(means, first + tl.arange(0, BN), known, d, p_row, D)
+    next_nd = _means(means, first + tl.arange(0, BN), known, p_row, D, DP)
     for tile in tl.static_range(TILES):
         k_nd, n = next_nd, first + tile * BN + tl.arange(0, BN)
         if tile + 1 < TILES:
-            next_nd = _means(means, n + BN, known, d, p_row, D)
+            next_nd = _means(means, n + BN, known, p_row, D, DP)
         s_gn = tl.where((n < known)[None, :], tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
         if UPDATE:
             s_gn = tl.where(((n >= known) & (n < complete))[None, :], fresh_g[:, None], s_gn)

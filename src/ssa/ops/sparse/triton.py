@@ -1,7 +1,8 @@
 """Block-sparse attention on the GPU: launches, custom operations with autograd, and the choice of tiles.
 
 ``ssa::sparse_forward`` and ``ssa::sparse_backward`` take and return tensors and numbers, so that ``torch.compile``,
-activation checkpointing and FSDP see them as single operations.
+activation checkpointing and FSDP see them as single operations. In the operation of both streams the backward pass is
+``ssa::sparse_begin`` and ``ssa::sparse_finish``, and the full stream's stands between.
 """
 
 from __future__ import annotations
