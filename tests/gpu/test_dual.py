@@ -91,6 +91,27 @@ def test_passes_agree_with_the_reference(sampled: bool, main: str, gated: bool, 
     assert all(torch.equal(a, b) for a, b in zip(again, pairs[0][0], strict=True)), "sums have a fixed order"
 
 
+@pytest.mark.parametrize("D", [80, 128])
+def test_keys_of_sampled_rows_are_added_up_as_the_reference_does(D: int) -> None:
+    """Windows of the same documents, whose gradients are views or dense."""
+    from ssa.ops.full import row_kernels, triton_rows
+
+    N, K = 4 * 1001, 3
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, device="cuda", generator=generator).bfloat16()  # noqa: E731
+    rows = QueryRows((Window(1001, 3, 1001, 17, 401), Window(1001, 3, 1001, 960, 990)))
+    own, place = (draw(rows.count, K, D), draw(rows.count, K, D)), rows.place(N, torch.device("cuda"))
+    for base in ((), (draw(N, K, D), draw(N, K, D))):
+        mine, theirs = (x.widen(base, own, place) for x in (triton_rows, row_kernels))
+        for w in rows.windows:
+            dense, view = draw(3, w.begin, K, D), draw(3, 1001, K, D)[:, : w.begin]
+            heads_first = draw(3, K, w.begin, D).transpose(1, 2)
+            for parts in ((dense, dense), (dense, view), (view, view), (heads_first, heads_first)):
+                triton_rows.add_keys(mine, w, parts)
+                row_kernels.add_keys(theirs, w, parts)
+        assert all(map(torch.equal, mine, theirs))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("main", "fraction"), [("full", 1.0), ("sparse", 1.0), ("sparse", 1 / 8)])
 def test_the_operation(layout: DocumentLayout, main: str, fraction: float) -> None:

@@ -3,8 +3,10 @@
 import torch
 
 from ssa.ops.full import row_kernels, triton_rows
+from ssa.ops.full.query_rows import QueryRows, Window
 
 W, H, D, N = 21, 3, 24, 50
+ROWS = QueryRows((Window(3, 2, 15, 7, 12), Window(3, 2, 15, 13, 14), Window(40, 1, 9, 2, 5), Window(49, 1, 1, 0, 1)))
 
 
 def compare() -> None:
@@ -25,5 +27,28 @@ def compare() -> None:
         torch.testing.assert_close(mine[0], theirs[0])
 
 
+def compare_keys(dtype: torch.dtype, base: bool) -> None:
+    """Windows of the same documents one after another, with gradients that lie in memory in every possible way."""
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    bases = (draw(N, H, D), draw(N, H, D)) if base else ()
+    own, place = (draw(ROWS.count, H, D), draw(H, ROWS.count, D).transpose(0, 1)), ROWS.place(N, torch.device("cpu"))
+    mine, theirs = triton_rows.widen(bases, own, place), row_kernels.widen(bases, own, place)
+    assert mine[0].dtype == torch.float32
+    assert all(map(torch.equal, mine, theirs))
+    for w in ROWS.windows[:3]:
+        n, begin = w.documents, w.begin
+        dense, wider = draw(n, begin, H, D), draw(n, begin + 2, H, D + 8)[:, 1:-1, :, 8:]
+        heads_first = [draw(n, H, begin, D).transpose(1, 2) for _ in range(2)]
+        backwards = [draw(n, begin, D, H).transpose(2, 3) for _ in range(2)]
+        for parts in ((dense, wider), (wider, wider), heads_first, backwards):
+            triton_rows.add_keys(mine, w, parts)
+            row_kernels.add_keys(theirs, w, parts)
+            assert all(map(torch.equal, mine, theirs))
+
+
 if __name__ == "__main__":
     compare()
+    for dtype in (torch.float32, torch.bfloat16):
+        for base in (False, True):
+            compare_keys(dtype, base)

@@ -56,10 +56,9 @@ def emulated_flash_backward(
         return torch.autograd.grad(again, x, d_out)
 
 
-def totals(kernel: row_kernels.RowKernel, d_out: Tensor, inputs: list[Tensor], results: Any) -> row_kernels.Totals:
-    found = row_kernels.Totals(*(torch.ones_like(x) for x in inputs))  # gradients are added to what is there
-    kernel.backward(d_out, *inputs, *results, ROWS, 0.4)(found)
-    return found
+def gradients(kernel: row_kernels.RowKernel, d_out: Tensor, inputs: list[Tensor], results: Any) -> tuple[Tensor, ...]:
+    others = [torch.ones_like(x) for x in inputs]  # gradients are added to what is there
+    return kernel.backward(d_out, *inputs, *results, ROWS, 0.4)(others)
 
 
 @pytest.fixture
@@ -85,8 +84,8 @@ def test_rows_of_full_attention(backend: str, kv_heads: int, programs: int, monk
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, full_lse.flatten(0, 1)[index], rtol=1e-12, atol=1e-13)
     weight = torch.randn_like(out)
-    gradients = (torch.autograd.grad(y, inputs, weight) for y in (out, expected))
-    for x, y in zip(*gradients, strict=True):
+    grads = (torch.autograd.grad(y, inputs, weight) for y in (out, expected))
+    for x, y in zip(*grads, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
@@ -109,7 +108,7 @@ def test_flash_gets_queries_with_their_prefix_of_keys(flash: row_kernels.RowKern
     results = flash.forward(*inputs, ROWS, 0.4), exact.forward(*inputs, ROWS, 0.4)
     weight = torch.randn_like(results[0][0])
     mine, theirs = (
-        (*result, *totals(kernel, weight, inputs, result))
+        (*result, *gradients(kernel, weight, inputs, result))
         for result, kernel in zip(results, (flash, exact), strict=True)
     )
     for x, y in zip(mine, theirs, strict=True):
@@ -136,10 +135,26 @@ def test_low_precision_is_rounded_once() -> None:
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-3)
 
 
+def test_gradients_of_keys_and_values_are_rounded_once() -> None:
+    """Several windows and another stream add to them."""
+    inputs = [x.flatten(0, 1) for x in qkv(LAYOUT, 4, 2, 8, torch.bfloat16)]
+    kernel = row_kernels.REFERENCE
+    results = kernel.forward(*inputs, ROWS, 0.4)
+    weight = torch.randn_like(results[0])
+    wide = [x.double() for x in (weight, *inputs, *results)]
+    exact = gradients(kernel, wide[0], wide[1:4], wide[4:])
+    for x, y in zip(gradients(kernel, weight, inputs, results)[1:], exact[1:], strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.double(), y, rtol=2**-8, atol=1e-5)
+
+
 def test_place_is_the_inverse_of_index() -> None:
     index, place = ROWS.index(torch.device("cpu")), ROWS.place(50, torch.device("cpu"))
     assert place[index].tolist() == list(range(ROWS.count))
     assert int((place >= 0).sum()) == ROWS.count
+    longer = ROWS.place(60, torch.device("cpu"))  # a batch with the same windows and another end
+    assert len(longer) == 60
+    assert torch.equal(longer[:50], place)
 
 
 @pytest.mark.parametrize(

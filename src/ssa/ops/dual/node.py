@@ -15,7 +15,7 @@ from ssa.ops.dual.alignment import AlignmentSpec
 from ssa.ops.dual.passes import Streams
 from ssa.ops.dual.streams import SparseStream, Stream
 from ssa.ops.full.query_rows import QueryRows
-from ssa.ops.full.row_kernels import RowKernel, Totals
+from ssa.ops.full.row_kernels import RowKernel
 from ssa.ops.triton_support import beside, join
 
 
@@ -86,17 +86,15 @@ class BothStreams(torch.autograd.Function):
             begun = plan.sparse.begin(*mine)
         if plan.full is not None and (plan.main == "full" or streams.pulls_full):
             grads = plan.full.backward(inflow.full.view(q.shape), q, k, v, indices, full)
-        add_rows = None
+        finish_rows = None
         if plan.row_kernel is not None and plan.rows is not None and plan.rows.count and streams.pulls_full:
             flats = (x.flatten(0, 1) for x in (q, k, v))
-            add_rows = plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale)
+            finish_rows = plan.row_kernel.backward(inflow.full, *flats, *full, plan.rows, plan.scale)
         if runs:
             grads = plan.sparse.finish(*mine, begun, grads)
-        if add_rows is not None:
-            assert len(grads) == 3, "rows are sampled where the sparse stream is main"
-            wide = [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in grads[1:]]
-            add_rows(Totals(*(x.flatten(0, 1) for x in (grads[0], *wide))))
-            grads = grads[0], wide[0].to(k.dtype), wide[1].to(v.dtype)
+        if finish_rows is not None:
+            flat = finish_rows([x.flatten(0, 1) for x in grads])
+            grads = tuple(x.view(y.shape) for x, y in zip(flat, (q, k, v), strict=True))
         assert len(grads) == 3, "the main stream has gradients"
         d_gate = None if gate is None or inflow.gate is None else inflow.gate.view(gate.shape)
         return *grads, d_gate, None, None

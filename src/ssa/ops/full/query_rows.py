@@ -89,11 +89,12 @@ class QueryRows:
 
     def place(self, total: int, device: torch.device) -> Tensor:
         """int32 ``[total]``: row of the subset of each flat row, -1 outside."""
-        if ("place", device) not in self._cache:
+        key = ("place", total, device)  # batches of other lengths may share the windows
+        if key not in self._cache:
             place = torch.full((total,), -1, dtype=torch.int32, device=device)
             numbers = torch.arange(self.count, dtype=torch.int32, device=device)
-            self._cache["place", device] = place.index_copy_(0, self.index(device), numbers)
-        return self._cache["place", device]
+            self._cache[key] = place.index_copy_(0, self.index(device), numbers)
+        return self._cache[key]
 
     def on(self, device: torch.device, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor made once on the host and copied without waiting for the device."""

@@ -13,13 +13,13 @@ A rectangle has no mask, so rows of query heads that share keys are as good as r
 of the queries, they spare the kernels a copy of dk and dv for every query head.
 
 Shapes: N flat rows, R rows of the subset, H query heads, K key-value heads, D head dim; n documents, W rows of a
-window, L keys. Gradients are added to what is there: to that of q in its dtype, rounded once a row, and to those of k
-and v, to which every window adds, in float32 (float64 for float64 inputs).
+window, L keys. Gradients are added in float32 (float64 for float64 inputs): to that of q row by row, and to those of k
+and v, to which every window adds, in totals of that dtype, which are rounded once at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -30,24 +30,19 @@ from torch import Tensor
 from ssa.ops.full.query_rows import QueryRows, Window, ranges
 
 aten = torch.ops.aten
+Pair = tuple[Tensor, Tensor]  # of keys and of values
 Gradients = tuple[Tensor, Tensor, Tensor]
+Finish = Callable[[Sequence[Tensor]], Gradients]
 
 
 class RowKernel(NamedTuple):
     """``forward(q, k, v, rows, scale)``: out ``[R, H, D]`` and log-sum-exp ``[R, H]`` of flat ``q [N, H, D]``, k, v.
-    ``backward(d_out, q, k, v, out, lse, rows, scale)`` computes the gradients and returns what adds them to
-    :class:`Totals`, which need not exist before."""
+    ``backward(d_out, q, k, v, out, lse, rows, scale)`` computes the gradients but for ``finish(others)``, which gives
+    them in the shapes and dtypes of q, k, v, with ``others`` (all three of them, contiguous; overwritten) added unless
+    they are empty. These need not exist before."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Callable[[Totals], None]]
-
-
-class Totals(NamedTuple):
-    """Gradients that are added to: ``dq [N, H, D]`` in the dtype of q, wide ``dk`` and ``dv`` ``[N, K, D]``."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    backward: Callable[..., Finish]
 
 
 PROGRAMS = 512  # that keep a GPU busy; a backward kernel runs one per head and KEYS keys
@@ -115,6 +110,20 @@ def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> N
     target.index_copy_(0, index, (total if past is None else total + past).to(target.dtype))
 
 
+def widen(base: Sequence[Tensor], own: Pair, place: Tensor) -> Pair:
+    """Wide ``[N, K, D]`` for keys and for values: ``base`` of that shape, zeros if there is none, plus the row of ``own
+    [R, K, D]`` that ``place [N]`` names, unless it is -1."""
+    outside = (place < 0)[:, None, None]
+    key, value = (x.index_select(0, place.clamp(min=0)).to(_wide(x)).masked_fill_(outside, 0) for x in own)
+    return (key.add_(base[0]), value.add_(base[1])) if base else (key, value)
+
+
+def add_keys(totals: Pair, window: Window, parts: Pair) -> None:
+    """Add ``[n, L, K, D]`` for keys and for values to the first L rows of each document in ``totals [N, K, D]``."""
+    for total, part in zip(totals, parts, strict=True):
+        window.keys(total, part.shape[1]).add_(part)
+
+
 def foldable(documents: int, kv_heads: int, group: int, keys: int) -> int:
     """How many of the ``group`` query heads of a key-value head become rows: all that leave enough programs."""
     most = documents * kv_heads * group * -(-keys // KEYS) // PROGRAMS
@@ -131,14 +140,35 @@ def unfold(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (rows, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
 
 
+class _Joints(NamedTuple):
+    """The functions of these names, or what computes the same."""
+
+    merge: Callable[..., None]
+    add: Callable[..., None]
+    widen: Callable[..., Pair]
+    add_keys: Callable[..., None]
+
+
 @cache
-def _joints(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
-    """:func:`merge` and :func:`add` for a device."""
+def _joints(device: torch.device) -> _Joints:
     if device.type != "cuda" or find_spec("triton") is None:
-        return merge, add
+        return _Joints(merge, add, widen, add_keys)
     from ssa.ops.full import triton_rows
 
-    return triton_rows.merge, triton_rows.add
+    return _Joints(triton_rows.merge, triton_rows.add, triton_rows.widen, triton_rows.add_keys)
+
+
+def _queries(others: Sequence[Tensor], q: Tensor) -> Tensor:
+    """The gradient of q in ``others``, zeros if they are empty."""
+    return others[0] if others else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _keys(others: Sequence[Tensor], k: Tensor) -> Pair:
+    """The gradients of k and v in ``others``, wide, zeros if they are empty."""
+    if others:
+        return others[1].to(_wide(k)), others[2].to(_wide(k))
+    dk, dv = (torch.zeros(k.shape, dtype=_wide(k), device=k.device) for _ in range(2))
+    return dk, dv
 
 
 def _heads(w: Window, q: Tensor, k: Tensor) -> int:
@@ -158,7 +188,7 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
             outs.append(o.flatten(0, 1))
             lses.append(l.flatten(0, 1))
         out, lse = (x[0].contiguous() if len(x) == 1 else torch.cat(x) for x in (outs, lses))
-        join, _ = _joints(q.device)
+        join = _joints(q.device).merge
         for w, span in rows.spans():
             if w.begin:
                 folded = fold(query[span], w.documents, _heads(w, q, k))
@@ -168,7 +198,7 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
 
     def rows_backward(
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-    ) -> Callable[[Totals], None]:
+    ) -> Finish:
         index = rows.index(q.device)
         query, key, value = (x.index_select(0, index) for x in (q, k, v))
         squares = []
@@ -176,28 +206,27 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
             parts = (x[span].unflatten(0, (-1, size)) for x in (d_out, query, key, value, out, lse))
             squares.append([g.flatten(0, 1) for g in backward(*parts, True, scale)])
         square_dq, *own = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*squares, strict=True))
-        past: list[tuple[Window, slice, Gradients | None]] = []
+        past: list[tuple[Window, slice, Tensor | None, Pair | None]] = []
         for w, span in rows.spans():
-            grads = None
+            past_dq, past_keys = None, None
             if w.begin:
                 heads = _heads(w, q, k)
                 do_, q_, out_, lse_ = (fold(x[span], w.documents, heads) for x in (d_out, query, out, lse))
                 keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
                 dq, dk, dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
-                grads = unfold(dq, w.size), dk, dv
-            past.append((w, span, grads))
+                past_dq, past_keys = unfold(dq, w.size), (dk, dv)
+            past.append((w, span, past_dq, past_keys))
 
-        def add_to(totals: Totals) -> None:
-            _, join = _joints(q.device)
-            for total, grad in zip(totals[1:], own, strict=True):
-                total.index_add_(0, index, grad.to(total.dtype))
-            for w, span, grads in past:
-                join(totals.dq, index[span], square_dq[span], None if grads is None else grads[0])
-                if grads is not None:
-                    w.keys(totals.dk, w.begin).add_(grads[1])
-                    w.keys(totals.dv, w.begin).add_(grads[2])
+        def finish(others: Sequence[Tensor]) -> Gradients:
+            joints, dq = _joints(q.device), _queries(others, q)
+            totals = joints.widen(others[1:], own, rows.place(len(q), q.device))
+            for w, span, past_dq, past_keys in past:
+                joints.add(dq, index[span], square_dq[span], past_dq)
+                if past_keys is not None:
+                    joints.add_keys(totals, w, past_keys)
+            return dq, totals[0].to(k.dtype), totals[1].to(v.dtype)
 
-        return add_to
+        return finish
 
     return RowKernel(rows_forward, rows_backward)
 
@@ -236,7 +265,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: floa
 
 def _flash_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-) -> Callable[[Totals], None]:
+) -> Finish:
     x = _varlen(rows, q.device)
     query, key, value = q.index_select(0, rows.index(q.device)), *(y.index_select(0, x.key_rows) for y in (k, v))
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's random state, unused
@@ -246,12 +275,14 @@ def _flash_backward(
         scale=scale,
     )  # fmt: skip
 
-    def add_to(totals: Totals) -> None:
-        for total, grad in ((totals.dk, dk), (totals.dv, dv)):
-            total.index_add_(0, x.key_rows, grad.to(total.dtype))
-        _joints(q.device)[1](totals.dq, rows.index(q.device), dq, None)
+    def finish(others: Sequence[Tensor]) -> Gradients:
+        total, totals = _queries(others, q), _keys(others, k)
+        _joints(q.device).add(total, rows.index(q.device), dq, None)
+        for wide, grad in zip(totals, (dk, dv), strict=True):
+            wide.index_add_(0, x.key_rows, grad.to(wide.dtype))
+        return total, totals[0].to(k.dtype), totals[1].to(v.dtype)
 
-    return add_to
+    return finish
 
 
 # ---------------------------------------------------------------------- plain PyTorch: the specification
@@ -277,10 +308,10 @@ def _reference_forward(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: 
 
 def _reference_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: QueryRows, scale: float
-) -> Callable[[Totals], None]:
+) -> Finish:
     q_, k_, v_, do_, out_ = (x.to(_wide(q)) for x in (q, k, v, d_out, out))
     query, K = q_.index_select(0, rows.index(q.device)), k.shape[1]
-    found: list[tuple[Window, slice, Gradients]] = []
+    found: list[tuple[Window, slice, Tensor, Pair]] = []
     for w, span in rows.spans():
         probability = _logits(w, span, query, k_, scale).softmax(-1)
         grouped = [x[span].unflatten(0, (w.documents, -1)).unflatten(2, (K, -1)) for x in (do_, query, out_)]
@@ -288,15 +319,16 @@ def _reference_backward(
         d_logits = probability * (torch.einsum("nwkgd,nlkd->nkgwl", grouped[0], w.keys(v_, w.end)) - delta) * scale
         dq = torch.einsum("nkgwl,nlkd->nwkgd", d_logits, w.keys(k_, w.end)).flatten(2, 3).flatten(0, 1)
         dk, dv = (torch.einsum("nkgwl,nwkgd->nlkd", *x) for x in ((d_logits, grouped[1]), (probability, grouped[0])))
-        found.append((w, span, (dq, dk, dv)))
+        found.append((w, span, dq, (dk, dv)))
 
-    def add_to(totals: Totals) -> None:
-        for w, span, (dq, dk, dv) in found:
-            add(totals.dq, rows.index(q.device)[span], dq, None)
-            w.keys(totals.dk, w.end).add_(dk)
-            w.keys(totals.dv, w.end).add_(dv)
+    def finish(others: Sequence[Tensor]) -> Gradients:
+        total, totals = _queries(others, q), _keys(others, k)
+        for w, span, dq, parts in found:
+            add(total, rows.index(q.device)[span], dq, None)
+            add_keys(totals, w, parts)
+        return total, totals[0].to(k.dtype), totals[1].to(v.dtype)
 
-    return add_to
+    return finish
 
 
 CUDNN = _rectangles(_cudnn_forward, _cudnn_backward)

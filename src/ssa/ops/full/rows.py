@@ -14,7 +14,7 @@ from ssa.ops.checks import check_qkv, resolve_layout, resolve_scale
 from ssa.ops.dispatch import Backend, Request, always, choose, first_reason, register
 from ssa.ops.full import backends
 from ssa.ops.full.query_rows import QueryRows
-from ssa.ops.full.row_kernels import RowKernel, Totals
+from ssa.ops.full.row_kernels import RowKernel
 
 SHORTEST = 16  # rows of a window or of the keys before it, below which cuDNN's tiles are mostly empty
 MOST_WINDOWS = 16  # cuDNN is called once per window, and plans a call for every new shape
@@ -107,9 +107,6 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, kernel, scale = ctx.arguments
         q, k, v, out, lse = ctx.saved_tensors
-        flat = [x.flatten(0, 1) for x in (q, k, v)]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dq = torch.zeros(flat[0].shape, dtype=q.dtype, device=q.device)
-        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in flat[1:])
-        kernel.backward(d_out.contiguous(), *flat, out, lse, rows, scale)(Totals(dq, dk, dv))
-        return dq.view(q.shape), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), None, None, None
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        grads = kernel.backward(d_out.contiguous(), *flat, out, lse, rows, scale)(())
+        return *(x.view(y.shape) for x, y in zip(grads, (q, k, v), strict=True)), None, None, None

@@ -1,17 +1,22 @@
-"""What joins the parts of :mod:`ssa.ops.full.row_kernels` on a GPU, each in one pass and in place.
+"""What joins the parts of :mod:`ssa.ops.full.row_kernels` on a GPU, each in one pass.
 
-A program takes ROWS rows (row of the window, head) of D elements.
+A program takes ROWS rows (row of the window, head) of D elements, of keys and of values where both are added up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.full.query_rows import Window
 from ssa.ops.triton_support import ceil_div, next_power_of_two, on_device
 
 ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
+Pair = tuple[Tensor, Tensor]
 
 
 @triton.jit
@@ -45,6 +50,41 @@ def add_kernel(target, index, square, past, rows, H: tl.constexpr, D: tl.constex
     tl.store(target + to, total.to(target.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def widen_kernel(k_base, v_base, k_own, v_own, place, k_wide, v_wide, rows, K: tl.constexpr, D: tl.constexpr,
+                 DP: tl.constexpr, ROWS: tl.constexpr, HAS_BASE: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DP)[None, :]
+    here, offset = row < rows, row[:, None] * D + column
+    inside = here[:, None] & (column < D)
+    at = tl.load(place + row // K, mask=here, other=-1).to(tl.int64)
+    own, both = (at * K + row % K)[:, None] * D + column, inside & (at >= 0)[:, None]
+    wide: tl.constexpr = k_wide.dtype.element_ty
+    key = tl.load(k_own + own, mask=both, other=0.0).to(wide)
+    value = tl.load(v_own + own, mask=both, other=0.0).to(wide)
+    if HAS_BASE:
+        key += tl.load(k_base + offset, mask=inside, other=0.0).to(wide)
+        value += tl.load(v_base + offset, mask=inside, other=0.0).to(wide)
+    tl.store(k_wide + offset, key, mask=inside)
+    tl.store(v_wide + offset, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "length", "rows", "tiles"])
+def add_keys_kernel(k_total, v_total, k_part, v_part, first, length, rows, tiles, part_document, part_row, part_head,
+                    K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    document = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of the document
+    column = tl.arange(0, DP)[None, :]
+    inside = (row < rows)[:, None] & (column < D)
+    to = ((first + document * length) * K + row)[:, None] * D + column
+    part = (document * part_document + row // K * part_row + row % K * part_head)[:, None] + column
+    wide: tl.constexpr = k_total.dtype.element_ty
+    key = tl.load(k_total + to, mask=inside, other=0.0) + tl.load(k_part + part, mask=inside, other=0.0).to(wide)
+    value = tl.load(v_total + to, mask=inside, other=0.0) + tl.load(v_part + part, mask=inside, other=0.0).to(wide)
+    tl.store(k_total + to, key, mask=inside)
+    tl.store(v_total + to, value, mask=inside)
+
+
 def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     rows, D = x.numel() // x.shape[-1], x.shape[-1]
     DP = max(16, next_power_of_two(D))
@@ -67,3 +107,27 @@ def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> N
         add_kernel[(programs,)](
             target, index, square.contiguous(), other, H=target.shape[1], HAS_PAST=past is not None, **sizes
         )
+
+
+def widen(base: Sequence[Tensor], own: Pair, place: Tensor) -> Pair:
+    """See :func:`ssa.ops.full.row_kernels.widen`."""
+    shape, dtype = (len(place), *own[0].shape[1:]), torch.promote_types(own[0].dtype, torch.float32)
+    key, value = (torch.empty(shape, dtype=dtype, device=place.device) for _ in range(2))
+    programs, sizes = _tiles(key)
+    tensors = (x.contiguous() for x in (*(base or own), *own))
+    with on_device(place):
+        widen_kernel[(programs,)](*tensors, place, key, value, K=shape[1], HAS_BASE=len(base) > 0, **sizes)
+    return key, value
+
+
+def add_keys(totals: Pair, window: Window, parts: Pair) -> None:
+    """See :func:`ssa.ops.full.row_kernels.add_keys`."""
+    key, value = parts
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    tiles, sizes = _tiles(key[0])
+    with on_device(key):
+        add_keys_kernel[(window.documents * tiles,)](
+            *totals, key, value, window.first, window.length, tiles=tiles, part_document=key.stride(0),
+            part_row=key.stride(1), part_head=key.stride(2), K=key.shape[2], **sizes,
+        )  # fmt: skip
