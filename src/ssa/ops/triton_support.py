@@ -84,10 +84,6 @@ class Launcher:
         if compiled is not None:  # None from the interpreter
             _COMPILED[key] = compiled
 
-    def beside(self, size: int, *launch: Any) -> None:
-        """Launch as a call does, beside what comes next; see :func:`beside`."""
-        beside(self.facts[0], size, lambda: Launcher(self.facts[0], *self.facts[1])(*launch))
-
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 

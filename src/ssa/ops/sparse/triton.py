@@ -207,13 +207,6 @@ def _forward(
     launch(union_kernel, (tiles, x.K, 1), arguments, constants, Launch(min(8, max(1, x.list_size // 256))))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = plan.token_forward
-    arguments = (
-        q, k, v, out, lse, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, x.masked,
-        plan.limit,
-    )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
-    launch.beside(x.N * x.K, token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.union_forward
     arguments = (
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
@@ -222,7 +215,13 @@ def _forward(
     select = plan.select[0] and tile.columns <= 4 * x.S
     constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
-    join(q.device, x.N * x.K)
+    tile = plan.token_forward
+    arguments = (
+        q, k, v, out, lse, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, x.masked,
+        plan.limit,
+    )  # fmt: skip
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
+    launch(token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     return out, lse, union_row, union_mask, union_count
 
 
@@ -279,21 +278,21 @@ def _queries(
     tiles, plus = tile_start.numel() - 1, plus_q is not None
     dq_plus = dq if plus_q is None else aligned(plus_q)
     tensors: tuple[Any, ...] = (call.q, call.k, call.v, call.d_out, out, lse, delta, dq, dq_plus)
-    tile = plan.token_dq
-    arguments: tuple[Any, ...] = (
-        *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
-    )  # fmt: skip
-    constants: tuple[Any, ...] = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
-    launch.beside(x.N * x.K, token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.union_dq
-    arguments = (
+    arguments: tuple[Any, ...] = (
         *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
-    constants = (
+    constants: tuple[Any, ...] = (
         x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus
     )  # fmt: skip
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    tile = plan.token_dq
+    arguments = (
+        *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
+    )  # fmt: skip
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
+    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     join(dq.device, x.N * x.K)
     return dq, delta
 
