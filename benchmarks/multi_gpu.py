@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,21 +52,26 @@ Add = Callable[[dict[str, Any]], None]  # takes a record, and writes all of them
 
 # ---------------------------------------------------------------------- (a) scaling
 def scaling(setting: Setting, add: Add) -> None:
-    """Whole steps of FullAttn 1B at 8K, weights sharded, the same batch a GPU: first on one, then on two."""
-    for size in (1, 2):
+    """Whole steps of FullAttn 1B at 8K, weights sharded, the same batch a GPU: on each alone, at the same time, since
+    no two are equally fast; then on both."""
+    jobs = []
+    for name, size, gpu in (("scaling-first", 1, 0), ("scaling-second", 1, 1), ("scaling-both", 2, None)):
         rows = {
             "training.micro_batch_rows": 2,
             "training.rows_per_step": 2 * size,
             "data.row_length": setting.row_length,
         }
         rows |= {"training.precision": "fp32", "training.device": "cpu"} if setting.tiny else {}
-        recipe, out = setting.out / f"scaling-{size}.yaml", setting.out / f"scaling-{size}.json"
+        recipe, out = setting.out / f"{name}.yaml", setting.out / f"{name}.json"
         recipe.write_text(dump_recipe(load_recipe("quickstart/full" if setting.tiny else "1b/full", rows)))
-        job = worker(
-            setting, f"scaling-{size}", size, "scaling", recipe_file=str(recipe), out=str(out), rounds=3, steps=3
-        )
-        if job.wait(90.0):
-            add({"part": "scaling", **json.loads(out.read_text())})
+        place = None if setting.tiny else gpu
+        arguments = {"recipe_file": str(recipe), "out": str(out), "rounds": 3, "steps": 3}
+        jobs.append((worker(setting, name, size, "scaling", place, **arguments), out))
+        if gpu != 0:
+            for job, found in jobs:
+                if job.wait(90.0):
+                    add({"part": "scaling", **json.loads(found.read_text())})
+            jobs.clear()
 
 
 # ---------------------------------------------------------------------- (b) checkpoints
@@ -254,8 +260,10 @@ def _equal(records: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _speed_up(records: Sequence[dict[str, Any]]) -> float | None:
-    speed = {r["processes"]: r["tokens_per_second"] for r in records if r.get("part") == "scaling"}
-    return speed[2] / speed[1] if {1, 2} <= speed.keys() else None
+    alone, both = (
+        [r["tokens_per_second"] for r in records if r.get("part") == "scaling" and r["processes"] == n] for n in (1, 2)
+    )
+    return both[0] / statistics.mean(alone) if both and len(alone) == 2 else None
 
 
 TARGETS = (
@@ -279,6 +287,7 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             memory = "/".join(f"{n:.1f}" for n in r["peak_gib"])
             spent = r["communication"] or {}
             hidden = f"NCCL {spent['nccl_ms']:.1f} ms, not hidden {spent['exposed_ms']:.1f} ms" if spent else ""
+            hidden += "".join(f", {name} {x:.1f}" for name, x in spent.get("exposed_by", {}).items())
             speed = f"{r['tokens_per_second']:,.0f} tokens/s, {r['step_ms']:.1f} ms a step"
             yield f"scaling   {r['processes']} processes: {speed}, {memory} GiB  {hidden}"
         elif r["part"] == "resume":

@@ -102,24 +102,27 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def communicated(step: Callable[[], None], device: torch.device) -> dict[str, float] | None:
-    """Milliseconds of a step in which NCCL's kernels run, in which nothing else does, and of all kernels."""
+def communicated(step: Callable[[], None], device: torch.device) -> dict[str, Any] | None:
+    """Milliseconds of a step in which NCCL's kernels run, in which nothing else does, by kernel too, and of all."""
     if device.type != "cuda":
         step()  # the other ranks take part in every step
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize(device)
-    nccl: list[Span] = []
+    nccl: dict[str, list[Span]] = {}
     others: list[Span] = []
     for event in profile.events():
         if event.device_type == DeviceType.CUDA:
-            spans = nccl if "nccl" in event.name.lower() else others
+            spans = nccl.setdefault(event.name.split("(")[0], []) if "nccl" in event.name.lower() else others
             spans.append((event.time_range.start, event.time_range.end))
-    whole = _union([*nccl, *others])
+    busy = _length(_union(others))
+    all_nccl = [span for spans in nccl.values() for span in spans]
+    whole = _union([*all_nccl, *others])
     return {
-        "nccl_ms": _length(_union(nccl)) / 1e3,
-        "exposed_ms": (_length(whole) - _length(_union(others))) / 1e3,
+        "nccl_ms": _length(_union(all_nccl)) / 1e3,
+        "exposed_ms": (_length(whole) - busy) / 1e3,
+        "exposed_by": {name: (_length(_union([*spans, *others])) - busy) / 1e3 for name, spans in nccl.items()},
         "step_ms": (whole[-1][1] - whole[0][0]) / 1e3,
     }
 

@@ -115,12 +115,13 @@ def test_a_stopped_job_leaves_no_process(tmp_path: Path) -> None:
     assert not job.wait(1.0)
 
 
-def test_scaling_is_tokens_per_second_over_one_process() -> None:
+def test_scaling_is_tokens_per_second_over_those_of_one_gpu() -> None:
     cases: list[dict[str, Any]] = [
-        {"part": "scaling", "processes": n, "tokens_per_second": x} for n, x in ((1, 10.0), (2, 19.5))
+        {"part": "scaling", "processes": n, "tokens_per_second": x} for n, x in ((1, 11.0), (1, 9.0), (2, 19.5))
     ]
     assert multi_gpu._speed_up(cases) == 1.95
-    assert multi_gpu._speed_up(cases[:1]) is None
+    assert multi_gpu._speed_up(cases[:2]) is None
+    assert multi_gpu._speed_up(cases[1:]) is None
 
 
 def test_timed_steps_run_on_sharded_weights(tmp_path: Path) -> None:
