@@ -5,6 +5,7 @@ Everything that is not a real row of the cache holds NaN, and so does fresh memo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,9 +31,11 @@ pytestmark = [
 NAN = float("nan")
 
 
-@pytest.fixture(params=[{}, {"TOGETHER": True, "TILES": 0}], ids=["", "together"])
+@pytest.fixture(
+    params=[{}, {"AGAIN": 0.0, "TILES": 0}, {"AGAIN": math.inf, "TILES": 0}], ids=["", "logits again", "logits kept"]
+)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As shipped, and all budgets by the kernel whose programs wait for each other."""
+    """As shipped, and all budgets by the kernels of large batches, which keep logits or take them again."""
     from ssa.ops.decode import triton
 
     for name, value in request.param.items():

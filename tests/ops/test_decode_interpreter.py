@@ -12,7 +12,7 @@ CASES = (
     "more keys than one program attends",
     "small tiles",
     "slabs",
-    "together",
+    "logits again",
 )
 
 

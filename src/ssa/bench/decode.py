@@ -33,27 +33,27 @@ CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
 DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
-_TOGETHER: dict[str, dict[str, object]] = {
-    "together": {"TOGETHER": True},
-    "together, long parts": {"TOGETHER": True, "LOGITS": 8192, "TOGETHER_REGISTERS": 168},
-    "together, fewer programs": {"TOGETHER": True, "TOGETHER_REGISTERS": 168},
+_CROWDED: dict[str, dict[str, object]] = {
+    "logits kept": {"AGAIN": float("inf")},
+    "logits again": {"AGAIN": 0.0},
+    "dependent launch": {"DEPENDENT_ALWAYS": True},
+    "more programs": {"SCORE_PROGRAMS": 8},
+    "larger tiles": {"SELECT_BYTES": 32768},
+    "one tile of 8 warps": {"SELECT_BYTES": 65536, "SELECT_WARPS": 8},
 }
 _ALONE: dict[str, dict[str, object]] = {
-    "together": {"TOGETHER": True, "TILES": 0, "LOGITS": 2048},
     "attention apart": {"FUSED_KEYS": 16},
+    "two programs a processor": {"CHOOSE_PROGRAMS": 2},
+    "four warps": {"CHOOSE_WARPS": 4},
     "summed and searched": {"TILES": 0},
 }
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
 DESIGNS: dict[str, dict[str, dict[str, object]]] = {
+    "1b_64k_b16": {**_CROWDED, "chosen": {"TILES": 8}},
+    "8b_128k_b1": _ALONE,
+    "1b_128k_b32": _CROWDED,
+    "8b_128k_b16": _CROWDED,
     "1b_128k_b1": _ALONE,
-    "1b_64k_b16": _TOGETHER,
-    "1b_128k_b32": {**_TOGETHER, "dependent launch": {"DEPENDENT_ALWAYS": True}},
-    "8b_128k_b1": {
-        "a program a processor": {"CHOOSE_PROGRAMS": 1},
-        "all registers": {"CHOOSE_REGISTERS": None},
-        **_ALONE,
-    },
-    "8b_128k_b16": _TOGETHER,
 }
 
 
@@ -304,9 +304,10 @@ def run(suite: str, command: str, device: torch.device, say: Callable[[str], Non
         del layers
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for workload in SUITES[suite] if device.type == "cuda" else ():
+    named = {workload.name: workload for workload in SUITES[suite]} if device.type == "cuda" else {}
+    for workload, designs in ((named[x], designs) for x, designs in DESIGNS.items() if x in named):
         layers = []
-        for name, constants in DESIGNS.get(workload.name, {}).items():
+        for name, constants in designs.items():
             if time.monotonic() - began < DESIGN_SECONDS:
                 layers = layers or draw(workload, device)
                 with torch.no_grad(), design(constants):

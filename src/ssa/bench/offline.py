@@ -185,9 +185,8 @@ def attend(shape: tuple[int, int, int], tokens: int) -> Callable[[], Any]:
     return call
 
 
-def step(shape: tuple[int, int, int], batch: int, capacity: int, **constants: Any) -> Callable[[], Any]:
-    """One token of every sequence against its cache, as on a GPU of 132 processors with dependent launches;
-    ``constants``: other ones of ``ssa.ops.decode.triton``."""
+def step(shape: tuple[int, int, int], batch: int, capacity: int) -> Callable[[], Any]:
+    """One token of every sequence against its cache, as on a GPU of 132 processors with dependent launches."""
     from ssa.ops.decode import triton as triton_decode
 
     H, K, D = shape
@@ -198,7 +197,7 @@ def step(shape: tuple[int, int, int], batch: int, capacity: int, **constants: An
 
     def call() -> None:
         triton_decode.forget_launches()
-        with patch.multiple(triton_decode, **as_on_gpu, **constants):
+        with patch.multiple(triton_decode, **as_on_gpu):
             triton_decode.decode_attention(q, k, k, pooled, lengths, None, SPEC, 0.125, False)
         triton_decode.forget_launches()
 
@@ -214,7 +213,6 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
     "sparse-8b": lambda: attend(EIGHT, 8192),
     "decode": lambda: step(ONE, 1, 131072),
     "decode-batch": lambda: step(ONE, 32, 131072),
-    "decode-together": lambda: step(ONE, 32, 131072, TOGETHER=True),
     "decode-8b": lambda: step(EIGHT, 16, 131072),
 }
 

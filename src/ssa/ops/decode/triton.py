@@ -22,7 +22,6 @@ from ssa.ops.decode.triton_kernels import (
     select_kernel,
     sum_kernel,
 )
-from ssa.ops.decode.triton_together import together_kernel
 from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import LOG2E, capability, ceil_div, is_interpreted, next_power_of_two
 
@@ -33,13 +32,15 @@ LISTS = 512  # of a row at most, there
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
 CHOOSE_WARPS = 8
-CHOOSE_PROGRAMS = 2  # a processor, at most
+CHOOSE_PROGRAMS = 1  # a processor, at most
 CHOOSE_REGISTERS = 128  # of a thread where there are more programs than processors
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
-TOGETHER = False  # large batches by one kernel, whose programs wait for each other; not measured yet
-LOGITS = 4096  # of a program there, kept in registers
-TOGETHER_REGISTERS = 128  # of a thread there: four programs a processor
+AGAIN = 1.0  # logits are taken twice where keeping them moves this share of the pooled keys' bytes, or more
+SCORE_PROGRAMS = 4  # of score_kernel, a processor
+SUM_PROGRAMS = 8  # of sum_kernel
+SELECT_BYTES = 16384  # of a tile of keys in select_kernel
+SELECT_WARPS = 4
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
 DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
 
@@ -60,8 +61,8 @@ class _Selection(NamedTuple):
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
     few: bool  # by choose_kernel
+    kept: bool  # logits
     lists: int  # NL
-    tiles: int  # of a program of together_kernel; 0: not by it
 
 
 class _Attention(NamedTuple):
@@ -106,24 +107,21 @@ def _selection(
     rows, processors, tiles = slab * K, _processors(index), width // BN
     scored = width // SCORES  # tiles
     few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
-    splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
+    splits = max(1, min(tiles, SCORE_PROGRAMS * processors // rows, 1024 // GP))
+    kept = few or AGAIN * D * itemsize > 8 * (H // K)  # float32 logits are written and read
     if few:
         parts = max(1, min(scored, CHOOSE_PROGRAMS * processors // rows))
         BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
     else:
-        BK, parts = _tile(DP, itemsize, 16), max(1, min(tiles, 8 * processors // rows))
+        BK, parts = SELECT_BYTES // (DP * itemsize), max(1, min(tiles, SUM_PROGRAMS * processors // rows))
         if official:
             chunk = min(chunk, spec.block_size)
             free = min(spec.block_size // 2, spec.num_blocks)
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
     lists = max(KP, 16, next_power_of_two(scored))
-    M, each = max(16, GP), 0
-    if TOGETHER and not few:
-        share = tiles if is_interpreted() else max(1, LOGITS // (M * BN))  # an interpreter runs programs one by one
-        if ceil_div(tiles, share) <= processors:  # a row's programs have to be at work at the same time
-            parts, each = ceil_div(tiles, share), share
-    return _Selection(DP, GP, M, BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists, each)
+    M = max(16, GP)
+    return _Selection(DP, GP, M, BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, kept, lists)
 
 
 @lru_cache(maxsize=256)
@@ -170,51 +168,42 @@ def _select(
     indices = torch.empty((B, N, K, k_blocks) if not (attend and x.few) else (0,), dtype=torch.int32, device=device)
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
-    room = x.parts * 2 * x.GP if x.tiles else G * x.width + x.splits * 2 * x.GP
-    floats = torch.empty(x.slab * K * (room + x.width), dtype=torch.float32, device=device)
-    arrived = torch.zeros(2 * x.slab * K if x.tiles else 0, dtype=torch.int32, device=device)
+    room = x.splits * 2 * x.GP + x.width + (G * x.width if x.kept else 0)
+    floats = torch.empty(x.slab * K * room, dtype=torch.float32, device=device)
     longs = torch.empty(x.slab * K * (1 + (x.width // SCORES * x.KP if x.few else 0)), dtype=torch.int64, device=device)
     maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given, first = starts is not None, lengths if starts is None else starts
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
+    BK = min(x.BK, KP2 * S)
     pdl = _dependent(device.index) if x.few or DEPENDENT_ALWAYS else {}
     forced = spec.first_blocks, spec.local_blocks
     crowded = x.slab * K * x.parts > _processors(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
-        if x.tiles:
-            together_kernel[(rows * K * x.parts,)](
-                q, pooled, k, v, lengths, first, indices, out, lse, floats, maxima, arrived, row0, rows, N, K, G,
-                x.parts, x.width, k_blocks, *forced, *q_strides, *pooled.stride()[:3], *kv_strides, c, D, x.DP, S,
-                x.GP, x.M, x.BN, x.BK, x.tiles, next_power_of_two(x.parts), x.chunks, x.chunk, x.KP, KP2,
-                spec.rule == "official", attend, update, given, bool(pdl),
-                num_warps=4, num_stages=2, maxnreg=TOGETHER_REGISTERS, **pdl,
-            )  # fmt: skip
-            continue
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, bool(pdl),
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, x.kept, update, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
             choose_kernel[(rows * K * x.parts,)](
                 q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
                 x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
-                min(x.BK, KP2 * S), SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
+                BK, SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
                 num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS if crowded else None, **pdl,
             )  # fmt: skip
             continue
         sum_kernel[(rows * K * x.parts,)](
-            lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
-            S, x.GP, x.BN, SP, x.chunk, given, bool(pdl),
+            q, pooled, lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
+            *q_strides, *pooled.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, SP, x.chunk, x.kept, given, bool(pdl),
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         select_kernel[(rows * K,)](
             q, k, v, lengths, first, indices, out, lse, floats, maxima, row0, rows, N, K, G, x.splits, x.width,
-            k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BK, x.chunks, x.chunk, x.KP, KP2,
+            k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, BK, x.chunks, x.chunk, x.KP, KP2,
             spec.rule == "official", attend, given, bool(pdl),
-            num_warps=4, num_stages=2, **pdl,
+            num_warps=SELECT_WARPS, num_stages=2, **pdl,
         )  # fmt: skip
     return indices, out, lse
 

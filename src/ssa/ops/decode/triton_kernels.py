@@ -1,9 +1,10 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys once and leaves the logits and, per
+A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys and leaves the logits and, per
 split, their maximum and sum. Small budgets go on in :mod:`ssa.ops.decode.triton_choice`. Otherwise ``sum_kernel`` makes
-scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets
-and full decoding spread the keys over programs (``attend_kernel``) and merge (``combine_kernel``).
+scores of the logits, or takes them once more where they are as many bytes as the pooled keys; ``select_kernel`` selects
+the row's blocks and, up to some size, attends over them. Large budgets and full decoding spread the keys over programs
+(``attend_kernel``) and merge (``combine_kernel``).
 
 With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
 here then waits, before it returns or reads what that one may have written, so the end of a kernel implies the end of
@@ -55,6 +56,13 @@ def _share(tiles, split, splits):
 
 
 @triton.jit
+def _total(m_ig, l_ig):
+    """Log-sum-exp ``[GP]`` of the splits' maxima and sums; of no split it is no number, and not used."""
+    m_g = tl.max(m_ig, 0)
+    return m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))
+
+
+@triton.jit
 def _block_mean(rows, first, k_row, d, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr):
     """Mean ``[DP]`` of the S cache rows from ``first`` on: the prefill's sum, in its order; float32."""
     total_d = tl.zeros([DP], tl.float32)
@@ -76,12 +84,14 @@ def _group(
 
 
 @triton.jit
-def _means(means, n, known, p_row, D: tl.constexpr, DP: tl.constexpr):
-    """Pooled keys ``[BN, DP]`` of the blocks ``n``, 0 from ``known`` on; nothing reads them again soon."""
+def _logits(q_gd, means, n, known, p_row, c, D: tl.constexpr, DP: tl.constexpr, AGAIN: tl.constexpr):
+    """Logits ``[M, BN]`` of the blocks ``n``, -inf from ``known`` on. AGAIN: their means are read once more soon."""
     d = tl.arange(0, DP)
     there = (n < known)[:, None] & (d < D)[None, :]
     place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
-    return tl.load(place, mask=there, other=0.0, eviction_policy="evict_first")
+    policy: tl.constexpr = "" if AGAIN else "evict_first"
+    k_nd = tl.load(place, mask=there, other=0.0, eviction_policy=policy)
+    return tl.where((n < known)[None, :], tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
 
 
 @triton.jit
@@ -131,14 +141,15 @@ def pool_new_kernel(
     tl.store(out, mean_d.to(pooled_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits"])
 def score_kernel(
     q_ptr,  # [B, N, H, D]
     pooled_ptr,  # [B, P, K, D]; written if UPDATE
     k_ptr,  # [B, C, K, D]; read if UPDATE
     lengths_ptr,
     starts_ptr,
-    float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
+    float_ptr,  # workspace: maxima and sums [rows, K, splits, 2, GP], then scores [rows, K, NC], then, if KEPT, logits
+    # [rows, K, G, NC] in base 2
     long_ptr,  # of choose_kernel: counters [rows, K], zeroed
     row0,
     rows,
@@ -163,6 +174,7 @@ def score_kernel(
     GP: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
+    KEPT: tl.constexpr,
     UPDATE: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -187,17 +199,17 @@ def score_kernel(
     g = tl.arange(0, M)
     q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
-    logits = float_ptr + pair.to(tl.int64) * G * NC
+    pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
+    logits = float_ptr + pairs * (splits * 2 * GP + NC) + wide * G * NC
     m, l = tl.full([M], NOTHING, tl.float32), tl.zeros([M], tl.float32)
     known = complete
     if UPDATE:
         known -= ((position + 1) % S == 0).to(tl.int32)
     for tile in range(first, tl.minimum(last, tl.cdiv(known, BN))):
         n = tile * BN + tl.arange(0, BN)
-        k_nd = _means(means, n, known, p_row, D, DP)
-        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
-        s_gn = tl.where((n < known)[None, :], s_gn, NOTHING)
-        tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
+        s_gn = _logits(q_gd, means, n, known, p_row, c, D, DP, not KEPT)
+        if KEPT:
+            tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
         top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a block
         l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
         m = top
@@ -205,11 +217,12 @@ def score_kernel(
         if (known < complete) & (last == tiles):
             keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
             s_g = _fresh_logits(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
-            tl.store(logits + g * NC + known, s_g, mask=g < G)
+            if KEPT:
+                tl.store(logits + g * NC + known, s_g, mask=g < G)
             top = tl.maximum(m, s_g)
             l = l * tl.exp2(m - top) + tl.exp2(s_g - top)
             m = top
-    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (pair.to(tl.int64) * splits + split) * 2 * GP + g
+    partial = float_ptr + (wide * splits + split) * 2 * GP + g
     tl.store(partial, m, mask=g < GP)
     tl.store(partial + GP, l, mask=g < GP)
 
@@ -274,52 +287,13 @@ def _attend_span(
     return o_md, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
 
 
-@triton.jit
-def _sum_heads(
-    float_ptr,
-    score_row,
-    chunk_row,
-    pair,
-    pairs,
-    first,  # tiles
-    last,
-    used,  # splits with an entry
-    splits,
-    complete,
-    lo,  # candidates
-    hi,
-    G,
-    NC,
-    GP: tl.constexpr,
-    BN: tl.constexpr,
-    SP: tl.constexpr,
-    CS: tl.constexpr,
-):
-    """Scores of a row's tiles, summed over the heads, and the largest candidate of every chunk."""
-    g, i = tl.arange(0, GP), tl.arange(0, SP)
-    wide = pair.to(tl.int64)
-    partial = float_ptr + pairs * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
-    m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
-    l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
-    m = tl.max(m_ig, 0)
-    lse = m + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m[None, :]), 0))
-    logits = float_ptr + wide * G * NC
-    for tile in range(first, last):
-        n = tile * BN + tl.arange(0, BN)
-        there = (g < G)[:, None] & (n < complete)[None, :]
-        s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
-        score_n = tl.sum(tl.exp2(s_gn - lse[:, None]), 0)
-        tl.store(score_row + n, score_n)
-        candidate = (n >= lo) & (n < hi)
-        largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
-        tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
-
-
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "first_blocks", "local_blocks"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "first_blocks", "local_blocks"])
 def sum_kernel(
+    q_ptr,  # not read if KEPT
+    pooled_ptr,  # not read if KEPT
     lengths_ptr,
     starts_ptr,
-    float_ptr,  # of score_kernel, then scores [rows, K, NC]
+    float_ptr,  # of score_kernel
     chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
     row0,
     rows,
@@ -331,19 +305,37 @@ def sum_kernel(
     NC,
     first_blocks,
     local_blocks,
+    q_batch,
+    q_row,
+    q_head,
+    p_batch,
+    p_row,
+    p_head,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
     S: tl.constexpr,
     GP: tl.constexpr,
+    M: tl.constexpr,
     BN: tl.constexpr,
     SP: tl.constexpr,
     CS: tl.constexpr,
+    KEPT: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scores of one part of a row, on as many programs as the device holds: few registers, nothing to wait for."""
+    """Scores of one part of a row, summed over the heads, and the largest candidate of every chunk.
+
+    Logits that were not kept are taken again, last rows first: their means are still in the cache.
+    """
     _begin(PDL)
+    ROWS: tl.constexpr = GP if KEPT else M
     part = tl.program_id(0) % parts
     pair = tl.program_id(0) // parts
-    _, _, position = _place(row0 + pair // K, lengths_ptr, starts_ptr, N, STARTS)
+    if not KEPT:
+        pair = rows * K - 1 - pair
+    head, row = pair % K, row0 + pair // K
+    sequence, _, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
     complete = tl.maximum(position + 1, 0) // S
     tiles = tl.cdiv(complete, BN)
     first, last, _ = _share(tiles, part, parts)
@@ -351,47 +343,34 @@ def sum_kernel(
         return
     _, _, used = _share(tiles, 0, splits)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
-    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
+    g, i = tl.arange(0, ROWS), tl.arange(0, SP)
+    there = (i < used)[:, None] & (g < GP)[None, :]
+    partial = float_ptr + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+    m_ig = tl.load(partial, mask=there, other=NOTHING)
+    l_ig = tl.load(partial + GP, mask=there, other=0.0)
+    lse_g = _total(m_ig, l_ig)
+    score_row = float_ptr + pairs * splits * 2 * GP + wide * NC
+    logits = float_ptr + pairs * (splits * 2 * GP + NC) + wide * G * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
     hi = position // S + 1 - local_blocks
-    _sum_heads(
-        float_ptr, score_row, chunk_row, pair, pairs, first, last, used, splits, complete, first_blocks, hi, G, NC,
-        GP, BN, SP, CS,
-    )  # fmt: skip
+    if not KEPT:
+        q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
+        means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
+    for tile in range(first, last):
+        n = tile * BN + tl.arange(0, BN)
+        if KEPT:
+            seen = (g < G)[:, None] & (n < complete)[None, :]
+            s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=seen, other=NOTHING)
+        else:
+            s_gn = _logits(q_gd, means, n, complete, p_row, c, D, DP, False)
+        score_n = tl.sum(tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0), 0)
+        tl.store(score_row + n, score_n)
+        candidate = (n >= first_blocks) & (n < hi)
+        largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
+        tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
 
 
-@triton.jit
-def _select_and_attend(
-    q_md, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, score_row, chunk_row, row, head, sequence, start, position,
-    K, G, k, first_blocks, local_blocks, k_batch, k_row, k_head, v_batch, v_row, v_head, c,
-    D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, NCH: tl.constexpr,
-    CS: tl.constexpr, KP: tl.constexpr, KP2: tl.constexpr, OFFICIAL: tl.constexpr, ATTEND: tl.constexpr,
-):  # fmt: skip
-    """Write a row's blocks, the best of the chunks with the largest maxima, and attend over them."""
-    own = tl.where(position < 0, -1, position // S)
-    listed = indices_ptr + (row.to(tl.int64) * K + head) * k
-    if OFFICIAL:
-        _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
-    else:
-        hi = own + 1 - local_blocks
-        need = k - first_blocks - local_blocks
-        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
-        _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
-    if ATTEND:
-        tl.debug_barrier()  # the list is complete
-        h, d = tl.arange(0, M), tl.arange(0, DP)
-        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
-        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
-        position_m = tl.full([M], 0, tl.int32) + position
-        o_md, lse_m = _attend_span(
-            q_md, keys, values, listed, 0, k * S, position_m, position, k_row, v_row, c, M, D, DP, S, BK, True
-        )
-        place, live = (row.to(tl.int64) * K + head) * G, (h < G)[:, None] & (d < D)[None, :]
-        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
-
-
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC", "k", "first_blocks", "local_blocks"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "k", "first_blocks", "local_blocks"])
 def select_kernel(
     q_ptr,
     k_ptr,
@@ -401,8 +380,8 @@ def select_kernel(
     indices_ptr,  # [R, K, k] int32
     out_ptr,  # [R, H, D]
     lse_ptr,  # [R, H] float32, natural
-    float_ptr,  # of score_kernel, then scores [rows, K, NC]
-    chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
+    float_ptr,  # of score_kernel
+    chunk_ptr,  # of sum_kernel
     row0,
     rows,
     N,
@@ -444,15 +423,32 @@ def select_kernel(
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
-    q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
-    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
+    score_row = float_ptr + pairs * splits * 2 * GP + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
-    _select_and_attend(
-        q_md, k_ptr, v_ptr, indices_ptr, out_ptr, lse_ptr, score_row, chunk_row, row, head, sequence, start, position,
-        K, G, k, first_blocks, local_blocks, k_batch, k_row, k_head, v_batch, v_row, v_head, c, D, DP, S, M, BK, NCH,
-        CS, KP, KP2, OFFICIAL, ATTEND,
-    )  # fmt: skip
+    own = tl.where(position < 0, -1, position // S)
+    listed = indices_ptr + (row.to(tl.int64) * K + head) * k
+    if ATTEND:  # early: it waits for nothing
+        q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
+    if OFFICIAL:
+        _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
+    else:
+        hi = own + 1 - local_blocks
+        need = k - first_blocks - local_blocks
+        block, _, taken = _best_of_chunks(score_row, chunk_row, listed, first_blocks, hi, need, NCH, CS, KP)
+        _emit(listed, tl.minimum(first_blocks, own + 1), block, taken, own, local_blocks, k, KP2)
+    if ATTEND:
+        tl.debug_barrier()  # the list is complete
+        h, d = tl.arange(0, M), tl.arange(0, DP)
+        keys = k_ptr + sequence.to(tl.int64) * k_batch + start.to(tl.int64) * k_row + head * k_head
+        values = v_ptr + sequence.to(tl.int64) * v_batch + start.to(tl.int64) * v_row + head * v_head
+        position_m = tl.full([M], 0, tl.int32) + position
+        o_md, lse_m = _attend_span(
+            q_md, keys, values, listed, 0, k * S, position_m, position, k_row, v_row, c, M, D, DP, S, BK, True
+        )
+        place, live = (row.to(tl.int64) * K + head) * G, (h < G)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + (place + h)[:, None] * D + d[None, :], o_md.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
 
 
 @triton.jit(do_not_specialize=["tiles", "N", "splits", "slots"])
