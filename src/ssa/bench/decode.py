@@ -32,7 +32,7 @@ from ssa.ops.decode import decode_attention, full_decode_attention, select_block
 CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
-DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
+DESIGN_SECONDS = 150.0  # of a run after which no other design is begun
 _CROWDED: dict[str, dict[str, object]] = {
     "logits kept": {"AGAIN": float("inf")},
     "logits again": {"AGAIN": 0.0},
