@@ -5,7 +5,6 @@ Everything that is not a real row of the cache holds NaN, and so does fresh memo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,11 +30,9 @@ pytestmark = [
 NAN = float("nan")
 
 
-@pytest.fixture(
-    params=[{}, {"AGAIN": 0.0, "TILES": 0}, {"AGAIN": math.inf, "TILES": 0}], ids=["", "logits again", "logits kept"]
-)
+@pytest.fixture(params=[{}, {"TILES": 0}], ids=["", "crowd"])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As shipped, and all budgets by the kernels of large batches, which keep logits or take them again."""
+    """As shipped, and all budgets by the kernels of large batches."""
     from ssa.ops.decode import triton
 
     for name, value in request.param.items():

@@ -115,23 +115,8 @@ def small_tiles() -> None:
         compare("one token, ragged")
 
 
-def logits_again() -> None:
-    """Logits that are taken twice instead of kept, in rows of several tiles and splits."""
-    import ssa.ops.decode.triton as launches
-
-    launches.AGAIN, launches.TILES, launches.TILE_BYTES = 0.0, 0, 1
-    launches._processors = lambda index: 132
-    launches._selection.cache_clear()
-    x = CASES["one token, ragged"]
-    launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
-    assert launch.splits > 1
-    assert not launch.kept
-    for name in CASES:
-        compare(name)
-
-
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     for case in sys.argv[1:]:
-        special = {"slabs": slabs, "small tiles": small_tiles, "logits again": logits_again}
+        special = {"slabs": slabs, "small tiles": small_tiles}
         special.get(case, lambda name=case: compare(name))()

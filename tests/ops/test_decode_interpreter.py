@@ -12,7 +12,6 @@ CASES = (
     "more keys than one program attends",
     "small tiles",
     "slabs",
-    "logits again",
 )
 
 

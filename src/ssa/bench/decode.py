@@ -32,28 +32,24 @@ from ssa.ops.decode import decode_attention, full_decode_attention, select_block
 CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
-DESIGN_SECONDS = 150.0  # of a run after which no other design is begun
-_CROWDED: dict[str, dict[str, object]] = {
-    "logits kept": {"AGAIN": float("inf")},
-    "logits again": {"AGAIN": 0.0},
-    "dependent launch": {"DEPENDENT_ALWAYS": True},
-    "more programs": {"SCORE_PROGRAMS": 8},
-    "larger tiles": {"SELECT_BYTES": 32768},
-    "one tile of 8 warps": {"SELECT_BYTES": 65536, "SELECT_WARPS": 8},
+DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
+_CROWD: dict[str, dict[str, object]] = {
+    "launched in turn": {"DEPENDENT_CROWD": 0},
+    "launched early": {"DEPENDENT_CROWD": 2},
+    "smaller tiles": {"SELECT_BYTES": 16384},
 }
 _ALONE: dict[str, dict[str, object]] = {
     "attention apart": {"FUSED_KEYS": 16},
     "two programs a processor": {"CHOOSE_PROGRAMS": 2},
-    "four warps": {"CHOOSE_WARPS": 4},
     "summed and searched": {"TILES": 0},
 }
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
 DESIGNS: dict[str, dict[str, dict[str, object]]] = {
-    "1b_64k_b16": {**_CROWDED, "chosen": {"TILES": 8}},
-    "8b_128k_b1": _ALONE,
-    "1b_128k_b32": _CROWDED,
-    "8b_128k_b16": _CROWDED,
     "1b_128k_b1": _ALONE,
+    "1b_64k_b16": _CROWD,
+    "1b_128k_b32": _CROWD,
+    "8b_128k_b1": _ALONE,
+    "8b_128k_b16": _CROWD,
 }
 
 

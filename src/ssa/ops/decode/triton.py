@@ -36,13 +36,9 @@ CHOOSE_PROGRAMS = 1  # a processor, at most
 CHOOSE_REGISTERS = 128  # of a thread where there are more programs than processors
 CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
 TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
-AGAIN = 1.0  # logits are taken twice where keeping them moves this share of the pooled keys' bytes, or more
-SCORE_PROGRAMS = 4  # of score_kernel, a processor
-SUM_PROGRAMS = 8  # of sum_kernel
-SELECT_BYTES = 16384  # of a tile of keys in select_kernel
-SELECT_WARPS = 4
+SELECT_BYTES = 32768  # of a tile of keys in select_kernel
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
-DEPENDENT_ALWAYS = False  # in the selection of large batches too, where it cost 8 of 80 us
+DEPENDENT_CROWD = 1  # in the selection of large batches: 0 not, 1 at the end of a kernel, 2 from its begin on
 
 
 class _Selection(NamedTuple):
@@ -61,7 +57,6 @@ class _Selection(NamedTuple):
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
     few: bool  # by choose_kernel
-    kept: bool  # logits
     lists: int  # NL
 
 
@@ -107,21 +102,19 @@ def _selection(
     rows, processors, tiles = slab * K, _processors(index), width // BN
     scored = width // SCORES  # tiles
     few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
-    splits = max(1, min(tiles, SCORE_PROGRAMS * processors // rows, 1024 // GP))
-    kept = few or AGAIN * D * itemsize > 8 * (H // K)  # float32 logits are written and read
+    splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
     if few:
         parts = max(1, min(scored, CHOOSE_PROGRAMS * processors // rows))
         BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
     else:
-        BK, parts = SELECT_BYTES // (DP * itemsize), max(1, min(tiles, SUM_PROGRAMS * processors // rows))
+        BK, parts = SELECT_BYTES // (DP * itemsize), max(1, min(tiles, 8 * processors // rows))
         if official:
             chunk = min(chunk, spec.block_size)
             free = min(spec.block_size // 2, spec.num_blocks)
         KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     chunks = max(4, next_power_of_two(width // chunk))
     lists = max(KP, 16, next_power_of_two(scored))
-    M = max(16, GP)
-    return _Selection(DP, GP, M, BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, kept, lists)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists)
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +161,7 @@ def _select(
     indices = torch.empty((B, N, K, k_blocks) if not (attend and x.few) else (0,), dtype=torch.int32, device=device)
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
-    room = x.splits * 2 * x.GP + x.width + (G * x.width if x.kept else 0)
+    room = G * x.width + x.splits * 2 * x.GP + x.width
     floats = torch.empty(x.slab * K * room, dtype=torch.float32, device=device)
     longs = torch.empty(x.slab * K * (1 + (x.width // SCORES * x.KP if x.few else 0)), dtype=torch.int64, device=device)
     maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
@@ -176,34 +169,35 @@ def _select(
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     BK = min(x.BK, KP2 * S)
-    pdl = _dependent(device.index) if x.few or DEPENDENT_ALWAYS else {}
+    pdl = _dependent(device.index) if x.few or DEPENDENT_CROWD else {}
+    when = (2 if x.few else DEPENDENT_CROWD) if pdl else 0
     forced = spec.first_blocks, spec.local_blocks
     crowded = x.slab * K * x.parts > _processors(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, x.kept, update, given, bool(pdl),
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, when,
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         if x.few:
             choose_kernel[(rows * K * x.parts,)](
                 q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
                 x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
-                BK, SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, bool(pdl),
+                BK, SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, when,
                 num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS if crowded else None, **pdl,
             )  # fmt: skip
             continue
         sum_kernel[(rows * K * x.parts,)](
-            q, pooled, lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
-            *q_strides, *pooled.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, SP, x.chunk, x.kept, given, bool(pdl),
+            lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
+            S, x.GP, x.BN, SP, x.chunk, given, when,
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
         select_kernel[(rows * K,)](
             q, k, v, lengths, first, indices, out, lse, floats, maxima, row0, rows, N, K, G, x.splits, x.width,
             k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, BK, x.chunks, x.chunk, x.KP, KP2,
-            spec.rule == "official", attend, given, bool(pdl),
-            num_warps=SELECT_WARPS, num_stages=2, **pdl,
+            spec.rule == "official", attend, given, when,
+            num_warps=4, num_stages=2, **pdl,
         )  # fmt: skip
     return indices, out, lse
 
@@ -232,11 +226,12 @@ def _attend(
         part = torch.empty(B, N, H, x.splits, D, dtype=torch.float32, device=device)
         part_lse = torch.empty(B, N, H, x.splits, dtype=torch.float32, device=device)
     tiles, pdl = ceil_div(N, x.TT), _dependent(device.index)
+    when = 2 if pdl else 0
     attend_kernel[(B * tiles * K * x.splits,)](
         q, k, v, lengths if indices is None else indices.contiguous(), lengths, lengths if starts is None else starts,
         part, part_lse, tiles, N, K, H // K, x.splits, slots, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2E, D, x.DP, block_size, x.GP, x.M, x.TT, x.BN, listed, x.splits > 1, starts is not None,
-        bool(pdl), num_warps=4, num_stages=3, **pdl,
+        when, num_warps=4, num_stages=3, **pdl,
     )  # fmt: skip
     if x.splits > 1:
         SP = max(16, next_power_of_two(x.splits))
@@ -250,7 +245,7 @@ def _attend(
             x.DP,
             SP,
             min(SP, max(16, 4096 // x.DP)),
-            bool(pdl),
+            when,
             num_warps=4,
             **pdl,
         )
@@ -358,9 +353,10 @@ def _update_op(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Ten
     if pooled.stride(3) != 1:
         raise RuntimeError("update_pooled: the head dimension of `pooled` must be contiguous")
     k, D, pdl = _dense(k), k.shape[3], _dependent(k.device.index)
+    when = 2 if pdl else 0
     pool_new_kernel[(ceil_div(new, S), k.shape[0] * k.shape[2])](
         k, pooled, lengths, lengths if starts is None else starts, new, k.shape[2], *k.stride()[:3],
-        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, bool(pdl), num_warps=1, **pdl,
+        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, when, num_warps=1, **pdl,
     )  # fmt: skip
 
 

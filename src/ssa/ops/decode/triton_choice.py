@@ -26,7 +26,7 @@ ABSENT = tl.constexpr(-(1 << 62))  # below every key of a block
 
 
 @triton.jit
-def _kept_logits(logits, tile, last, complete, G, NC, GP: tl.constexpr, BN: tl.constexpr):
+def _logits(logits, tile, last, complete, G, NC, GP: tl.constexpr, BN: tl.constexpr):
     """Logits ``[GP, BN]`` of a tile before ``last``."""
     g, n = tl.arange(0, GP), tile * BN + tl.arange(0, BN)
     there = (g < G)[:, None] & (n < tl.minimum(complete, last * BN))[None, :]
@@ -139,7 +139,7 @@ def _finish(
         tl.store(lse_ptr + place + h, lse_m * LN2, mask=h < G)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "k", "first_blocks", "local_blocks"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "k", "first_blocks", "local_blocks"])
 def choose_kernel(
     q_ptr,
     k_ptr,
@@ -200,22 +200,21 @@ def choose_kernel(
     complete = tl.maximum(position + 1, 0) // S
     tiles = tl.cdiv(complete, BN)
     wide = pair.to(tl.int64)
-    pairs = rows.to(tl.int64) * K
-    lists = long_ptr + pairs + wide * (NC // BN) * KP
+    lists = long_ptr + rows.to(tl.int64) * K + wide * (NC // BN) * KP
     first, last, working = _share(tiles, part, parts)
     if (first >= last) & (part > 0):
         return
     g, i = tl.arange(0, GP), tl.arange(0, SP)
     _, _, used = _share(tl.cdiv(complete, BT), 0, splits)
-    logits = float_ptr + pairs * (splits * 2 * GP + NC) + wide * G * NC
-    s_gn = _kept_logits(logits, first, last, complete, G, NC, GP, BN)  # early: the next reads do not wait
-    partial = float_ptr + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+    logits = float_ptr + wide * G * NC
+    s_gn = _logits(logits, first, last, complete, G, NC, GP, BN)  # early: these reads do not wait for the next ones
+    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
     m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
     l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
     lse_g = _total(m_ig, l_ig)
     hi = own + 1 - local_blocks
     for tile in range(first, last):
-        next_gn = _kept_logits(logits, tile + 1, last, complete, G, NC, GP, BN)
+        next_gn = _logits(logits, tile + 1, last, complete, G, NC, GP, BN)
         _list_best(s_gn, lists, tile, lse_g, first_blocks, hi, G, GP, BN, KP)
         s_gn = next_gn
     tl.debug_barrier()  # the program's lists are written, then it arrives

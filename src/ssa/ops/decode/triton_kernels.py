@@ -1,14 +1,13 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys and leaves the logits and, per
+A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys once and leaves the logits and, per
 split, their maximum and sum. Small budgets go on in :mod:`ssa.ops.decode.triton_choice`. Otherwise ``sum_kernel`` makes
-scores of the logits, or takes them once more where they are as many bytes as the pooled keys; ``select_kernel`` selects
-the row's blocks and, up to some size, attends over them. Large budgets and full decoding spread the keys over programs
-(``attend_kernel``) and merge (``combine_kernel``).
+scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets
+and full decoding spread the keys over programs (``attend_kernel``) and merge (``combine_kernel``).
 
 With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
 here then waits, before it returns or reads what that one may have written, so the end of a kernel implies the end of
-all before it.
+all before it. Where programs fill the device, those of the next kernel would take their place: it starts at the end.
 
 Grids follow capacities and tiles follow the lengths on the device: splits beyond a length return at once, the others
 share what there is evenly. So a captured CUDA graph serves any lengths.
@@ -30,9 +29,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
-    """Wait for the kernels before this one, and let the next one be brought in."""
-    if PDL:
+    """Wait for the kernels before this one, and, from 2 on, let the next one be brought in at once, not at the end."""
+    if PDL > 0:
         tl.extra.cuda.gdc_wait()
+    if PDL > 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -83,28 +83,6 @@ def _group(
     return tl.load(query + g[:, None] * q_head + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit
-def _logits(q_gd, means, n, known, p_row, c, D: tl.constexpr, DP: tl.constexpr, AGAIN: tl.constexpr):
-    """Logits ``[M, BN]`` of the blocks ``n``, -inf from ``known`` on. AGAIN: their means are read once more soon."""
-    d = tl.arange(0, DP)
-    there = (n < known)[:, None] & (d < D)[None, :]
-    place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
-    policy: tl.constexpr = "" if AGAIN else "evict_first"
-    k_nd = tl.load(place, mask=there, other=0.0, eviction_policy=policy)
-    return tl.where((n < known)[None, :], tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
-
-
-@triton.jit
-def _fresh_logits(
-    q_gd, keys, means, block, start, k_row, p_row, c, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr
-):  # fmt: skip
-    """Make and keep the mean of the block that the new token completed; its logits ``[M]``."""
-    d = tl.arange(0, DP)
-    mean_d = _block_mean(keys, start + block * S, k_row, d, D, DP, S).to(means.dtype.element_ty)
-    tl.store(means + block.to(tl.int64) * p_row + d, mean_d, mask=d < D)
-    return tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
-
-
 @triton.jit(do_not_specialize=["new"])
 def pool_new_kernel(
     k_ptr,  # [B, C, K, D]
@@ -141,15 +119,14 @@ def pool_new_kernel(
     tl.store(out, mean_d.to(pooled_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC"])
 def score_kernel(
     q_ptr,  # [B, N, H, D]
     pooled_ptr,  # [B, P, K, D]; written if UPDATE
     k_ptr,  # [B, C, K, D]; read if UPDATE
     lengths_ptr,
     starts_ptr,
-    float_ptr,  # workspace: maxima and sums [rows, K, splits, 2, GP], then scores [rows, K, NC], then, if KEPT, logits
-    # [rows, K, G, NC] in base 2
+    float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
     long_ptr,  # of choose_kernel: counters [rows, K], zeroed
     row0,
     rows,
@@ -174,7 +151,6 @@ def score_kernel(
     GP: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
-    KEPT: tl.constexpr,
     UPDATE: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -196,33 +172,36 @@ def score_kernel(
     first, last, _ = _share(tiles, split, splits)
     if first >= last:
         return
-    g = tl.arange(0, M)
+    g, d = tl.arange(0, M), tl.arange(0, DP)
     q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
-    pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
-    logits = float_ptr + pairs * (splits * 2 * GP + NC) + wide * G * NC
+    logits = float_ptr + pair.to(tl.int64) * G * NC
     m, l = tl.full([M], NOTHING, tl.float32), tl.zeros([M], tl.float32)
     known = complete
     if UPDATE:
         known -= ((position + 1) % S == 0).to(tl.int32)
     for tile in range(first, tl.minimum(last, tl.cdiv(known, BN))):
         n = tile * BN + tl.arange(0, BN)
-        s_gn = _logits(q_gd, means, n, known, p_row, c, D, DP, not KEPT)
-        if KEPT:
-            tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
+        place = means + n.to(tl.int64)[:, None] * p_row + d[None, :]
+        there = (n < known)[:, None] & (d < D)[None, :]
+        k_nd = tl.load(place, mask=there, other=0.0, eviction_policy="evict_first")  # nothing reads them again soon
+        s_gn = tl.dot(q_gd, tl.trans(k_nd), input_precision="ieee") * c
+        s_gn = tl.where((n < known)[None, :], s_gn, NOTHING)
+        tl.store(logits + g[:, None] * NC + n[None, :], s_gn, mask=(g < G)[:, None])
         top = tl.maximum(m, tl.max(s_gn, 1))  # finite: every tile has a block
         l = l * tl.exp2(m - top) + tl.sum(tl.exp2(s_gn - top[:, None]), 1)
         m = top
     if UPDATE:  # noqa: SIM102  (one is known when compiling, the other is not)
         if (known < complete) & (last == tiles):
             keys = k_ptr + sequence.to(tl.int64) * k_batch + head * k_head
-            s_g = _fresh_logits(q_gd, keys, means, known, start, k_row, p_row, c, D, DP, S)
-            if KEPT:
-                tl.store(logits + g * NC + known, s_g, mask=g < G)
+            mean_d = _block_mean(keys, start + known * S, k_row, d, D, DP, S).to(pooled_ptr.dtype.element_ty)
+            tl.store(means + known.to(tl.int64) * p_row + d, mean_d, mask=d < D)
+            s_g = tl.sum(q_gd.to(tl.float32) * mean_d.to(tl.float32)[None, :], 1) * c
+            tl.store(logits + g * NC + known, s_g, mask=g < G)
             top = tl.maximum(m, s_g)
             l = l * tl.exp2(m - top) + tl.exp2(s_g - top)
             m = top
-    partial = float_ptr + (wide * splits + split) * 2 * GP + g
+    partial = float_ptr + rows.to(tl.int64) * K * G * NC + (pair.to(tl.int64) * splits + split) * 2 * GP + g
     tl.store(partial, m, mask=g < GP)
     tl.store(partial + GP, l, mask=g < GP)
 
@@ -287,13 +266,11 @@ def _attend_span(
     return o_md, tl.where(seen, m + tl.log2(tl.where(seen, l, 1.0)), NOTHING)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "first_blocks", "local_blocks"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "parts", "NC", "first_blocks", "local_blocks"])
 def sum_kernel(
-    q_ptr,  # not read if KEPT
-    pooled_ptr,  # not read if KEPT
     lengths_ptr,
     starts_ptr,
-    float_ptr,  # of score_kernel
+    float_ptr,  # of score_kernel, then scores [rows, K, NC]
     chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
     row0,
     rows,
@@ -305,37 +282,19 @@ def sum_kernel(
     NC,
     first_blocks,
     local_blocks,
-    q_batch,
-    q_row,
-    q_head,
-    p_batch,
-    p_row,
-    p_head,
-    c,
-    D: tl.constexpr,
-    DP: tl.constexpr,
     S: tl.constexpr,
     GP: tl.constexpr,
-    M: tl.constexpr,
     BN: tl.constexpr,
     SP: tl.constexpr,
     CS: tl.constexpr,
-    KEPT: tl.constexpr,
     STARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scores of one part of a row, summed over the heads, and the largest candidate of every chunk.
-
-    Logits that were not kept are taken again, last rows first: their means are still in the cache.
-    """
+    """Scores of one part of a row, on as many programs as the device holds: few registers, nothing to wait for."""
     _begin(PDL)
-    ROWS: tl.constexpr = GP if KEPT else M
     part = tl.program_id(0) % parts
     pair = tl.program_id(0) // parts
-    if not KEPT:
-        pair = rows * K - 1 - pair
-    head, row = pair % K, row0 + pair // K
-    sequence, _, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    _, _, position = _place(row0 + pair // K, lengths_ptr, starts_ptr, N, STARTS)
     complete = tl.maximum(position + 1, 0) // S
     tiles = tl.cdiv(complete, BN)
     first, last, _ = _share(tiles, part, parts)
@@ -343,34 +302,27 @@ def sum_kernel(
         return
     _, _, used = _share(tiles, 0, splits)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
-    g, i = tl.arange(0, ROWS), tl.arange(0, SP)
-    there = (i < used)[:, None] & (g < GP)[None, :]
-    partial = float_ptr + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
-    m_ig = tl.load(partial, mask=there, other=NOTHING)
-    l_ig = tl.load(partial + GP, mask=there, other=0.0)
+    g, i = tl.arange(0, GP), tl.arange(0, SP)
+    partial = float_ptr + pairs * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
+    m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
+    l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
     lse_g = _total(m_ig, l_ig)
-    score_row = float_ptr + pairs * splits * 2 * GP + wide * NC
-    logits = float_ptr + pairs * (splits * 2 * GP + NC) + wide * G * NC
+    logits = float_ptr + wide * G * NC
+    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
     hi = position // S + 1 - local_blocks
-    if not KEPT:
-        q_gd = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
-        means = pooled_ptr + sequence.to(tl.int64) * p_batch + head * p_head
     for tile in range(first, last):
         n = tile * BN + tl.arange(0, BN)
-        if KEPT:
-            seen = (g < G)[:, None] & (n < complete)[None, :]
-            s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=seen, other=NOTHING)
-        else:
-            s_gn = _logits(q_gd, means, n, complete, p_row, c, D, DP, False)
-        score_n = tl.sum(tl.where((g < G)[:, None], tl.exp2(s_gn - lse_g[:, None]), 0.0), 0)
+        there = (g < G)[:, None] & (n < complete)[None, :]
+        s_gn = tl.load(logits + g[:, None] * NC + n[None, :], mask=there, other=NOTHING)
+        score_n = tl.sum(tl.exp2(s_gn - lse_g[:, None]), 0)
         tl.store(score_row + n, score_n)
         candidate = (n >= first_blocks) & (n < hi)
         largest = tl.max(tl.reshape(tl.where(candidate, _key(score_n), 0), [BN // CS, CS]), 1)
         tl.store(chunk_row + tile * (BN // CS) + tl.arange(0, BN // CS), largest)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "k", "first_blocks", "local_blocks"])
+@triton.jit(do_not_specialize=["row0", "rows", "N", "splits", "NC", "k", "first_blocks", "local_blocks"])
 def select_kernel(
     q_ptr,
     k_ptr,
@@ -380,8 +332,8 @@ def select_kernel(
     indices_ptr,  # [R, K, k] int32
     out_ptr,  # [R, H, D]
     lse_ptr,  # [R, H] float32, natural
-    float_ptr,  # of score_kernel
-    chunk_ptr,  # of sum_kernel
+    float_ptr,  # of score_kernel, then scores [rows, K, NC]
+    chunk_ptr,  # [rows, K, NC / CS] int32 chunk maxima
     row0,
     rows,
     N,
@@ -423,13 +375,12 @@ def select_kernel(
     head = pair % K
     row = row0 + pair // K
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
+    q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     pairs, wide = rows.to(tl.int64) * K, pair.to(tl.int64)
-    score_row = float_ptr + pairs * splits * 2 * GP + wide * NC
+    score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
     own = tl.where(position < 0, -1, position // S)
     listed = indices_ptr + (row.to(tl.int64) * K + head) * k
-    if ATTEND:  # early: it waits for nothing
-        q_md = _group(q_ptr, sequence, row % N, head, G, q_batch, q_row, q_head, D, DP, M)
     if OFFICIAL:
         _emit_official(score_row, chunk_row, listed, own, k, S, NCH, CS, KP, KP2)
     else:
