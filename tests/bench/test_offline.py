@@ -13,8 +13,7 @@ EXPECTED = {
     "selection": ["pool_kernel", "resident_score_kernel", "select_kernel"],
     "selection-long": ["pool_kernel", "resident_score_kernel", "refine_kernel"],
     "selection-8b": ["pool_kernel", "lse_kernel", "score_kernel", "select_kernel"],
-    "decode": ["score_kernel", "choose_kernel"],
-    "decode-batch": ["score_kernel", "sum_kernel", "select_kernel"],
+    "decode": ["score_kernel", "sum_kernel", "select_kernel"],
     "sparse": None,
 }
 

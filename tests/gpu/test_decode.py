@@ -5,7 +5,6 @@ Everything that is not a real row of the cache holds NaN, and so does fresh memo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -28,19 +27,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 NAN = float("nan")
-
-
-@pytest.fixture(params=[{}, {"TILES": 0}], ids=["", "crowd"])
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As shipped, and all budgets by the kernels of large batches."""
-    from ssa.ops.decode import triton
-
-    for name, value in request.param.items():
-        monkeypatch.setattr(triton, name, value)
-    triton.forget_launches()
-    yield
-    monkeypatch.undo()
-    triton.forget_launches()
 
 
 class Shape(NamedTuple):
@@ -131,7 +117,6 @@ def close(mine: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: tor
     assert (lse - wanted[1])[~nothing].abs().max() < 1e-4
 
 
-@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape: Shape) -> None:
     x, S = cache(shape, LENGTHS, STARTS), shape.spec.block_size
@@ -153,7 +138,6 @@ def test_against_float64(shape: Shape) -> None:
     close(full, exact(x, LENGTHS, STARTS, None, S), shape.dtype)
 
 
-@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[3]], ids=str)
 def test_a_captured_step_serves_other_lengths(shape: Shape) -> None:
     """Captured at short lengths, replayed at long ones: grids come from the capacity, lengths from the device."""
@@ -206,7 +190,6 @@ def test_blocks_and_means_equal_the_prefill(shape: Shape) -> None:
     assert S == 16
 
 
-@pytest.mark.usefixtures("launches")
 def test_runs_repeat_bit_for_bit() -> None:
     shape = SHAPES[0]
     x, lengths = cache(shape, LENGTHS, [0] * 6), integers(LENGTHS)
@@ -214,7 +197,6 @@ def test_runs_repeat_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 48])  # one tile a program, several, and sums by a kernel of their own
 def test_long_caches_choose_the_references_blocks_every_time(shape: Shape, batch: int) -> None:

@@ -106,9 +106,9 @@ def small_tiles() -> None:
     """Rows of several tiles, shared out over the programs of a small and of a large device."""
     import ssa.ops.decode.triton as launches
 
-    launches.TILE_BYTES, launches.SCORES, x = 1, 32, CASES["one token, ragged"]
-    for processors, tiles in ((4, 8), (132, 8), (4, 0)):  # the last: by sum_kernel and select_kernel
-        launches._processors, launches.TILES = lambda index, n=processors: n, tiles
+    launches.TILE_BYTES, launches.SELECT_BYTES, x = 1, 1 << 11, CASES["one token, ragged"]
+    for processors in (4, 132):
+        launches._processors = lambda index, n=processors: n
         launches._selection.cache_clear()
         launch = launches._selection(3, x.N, x.H, x.K, x.D, -(-x.C // 16), 4, x.spec, None)
         assert launch.splits > 1

@@ -33,23 +33,20 @@ CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
 DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
-_CROWD: dict[str, dict[str, object]] = {
-    "launched in turn": {"DEPENDENT_CROWD": 0},
-    "launched early": {"DEPENDENT_CROWD": 2},
-    "smaller tiles": {"SELECT_BYTES": 16384},
-}
-_ALONE: dict[str, dict[str, object]] = {
-    "attention apart": {"FUSED_KEYS": 16},
-    "two programs a processor": {"CHOOSE_PROGRAMS": 2},
-    "summed and searched": {"TILES": 0},
-}
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
+_ALL: dict[str, dict[str, object]] = {
+    "launched in turn": {"DEPENDENT_SELECTION": 0},
+    "launched early": {"DEPENDENT_SELECTION": 2},
+    "smaller tiles": {"SELECT_BYTES": 16384},
+    "larger tiles": {"SELECT_BYTES": 65536},
+}
+_ALONE: dict[str, dict[str, object]] = {**_ALL, "attention apart": {"FUSED_KEYS": 16}}
 DESIGNS: dict[str, dict[str, dict[str, object]]] = {
     "1b_128k_b1": _ALONE,
-    "1b_64k_b16": _CROWD,
-    "1b_128k_b32": _CROWD,
     "8b_128k_b1": _ALONE,
-    "8b_128k_b16": _CROWD,
+    "1b_64k_b16": _ALL,
+    "1b_128k_b32": _ALL,
+    "8b_128k_b16": _ALL,
 }
 
 

@@ -25,7 +25,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 WORTH_A_STREAM = 1 << 15  # tokens times KV heads
-PRIORITY = -1  # of the second stream: its programs go before those of the current one that wait for a processor
 MAX_TOKENS = 1 << 27  # an entry of the inverted index packs a token and four flags into 31 bits
 MAX_ENTRIES = (1 << 31) - (1 << 11)
 LOG2E = math.log2(math.e)
@@ -119,7 +118,7 @@ def _second_stream(device: torch.device, size: int) -> torch.cuda.Stream | None:
 
 @cache
 def _stream_beside(device: torch.device, current: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=PRIORITY)
+    return torch.cuda.Stream(device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

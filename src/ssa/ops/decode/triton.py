@@ -13,7 +13,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.decode.triton_choice import choose_kernel
 from ssa.ops.decode.triton_kernels import (
     attend_kernel,
     combine_kernel,
@@ -26,19 +25,12 @@ from ssa.ops.spec import SparseSpec
 from ssa.ops.triton_support import LOG2E, capability, ceil_div, is_interpreted, next_power_of_two
 
 WORK_ELEMENTS = 1 << 26  # float32 logits held at a time: 256 MiB; longer chunks of new tokens go in slabs
-FEW = 16  # budgets up to so many blocks are chosen by choose_kernel, which compares all pairs
-SCORES = 128  # scores of a tile there
-LISTS = 512  # of a row at most, there
+WIDTH = 128  # scores of a row are a multiple of it
 FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that selected them
 TILE_BYTES = 16384  # of one tile of keys
-CHOOSE_WARPS = 8
-CHOOSE_PROGRAMS = 1  # a processor, at most
-CHOOSE_REGISTERS = 128  # of a thread where there are more programs than processors
-CHOOSE_BYTES = 65536  # of a tile of keys there, kept in registers
-TILES = 4  # there per processor at most: more are summed by a kernel that needs fewer registers
 SELECT_BYTES = 32768  # of a tile of keys in select_kernel
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
-DEPENDENT_CROWD = 1  # in the selection of large batches: 0 not, 1 at the end of a kernel, 2 from its begin on
+DEPENDENT_SELECTION = 1  # in the selection: 0 not, 1 at the end of a kernel, 2 from its begin on
 
 
 class _Selection(NamedTuple):
@@ -56,8 +48,6 @@ class _Selection(NamedTuple):
     KP: int
     slab: int  # rows at a time
     parts: int  # programs of a row that sum over the heads
-    few: bool  # by choose_kernel
-    lists: int  # NL
 
 
 class _Attention(NamedTuple):
@@ -95,26 +85,18 @@ def _selection(
     DP, GP = max(16, next_power_of_two(D)), next_power_of_two(H // K)
     BN = min(_tile(DP, itemsize, 32), max(32, next_power_of_two(P)))
     official = spec.rule == "official"
-    width = ceil_div(P, SCORES) * SCORES
+    width = ceil_div(P, WIDTH) * WIDTH
     chunk = 8 if width <= 512 else 16 if width <= 4096 else 32
     free = spec.num_blocks - spec.first_blocks - spec.local_blocks
+    if official:
+        chunk, free = min(chunk, spec.block_size), min(spec.block_size // 2, spec.num_blocks)
+    KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
     slab = max(1, min(B * N, WORK_ELEMENTS // (H * width)))
     rows, processors, tiles = slab * K, _processors(index), width // BN
-    scored = width // SCORES  # tiles
-    few = not official and free < FEW and scored <= LISTS and scored * rows <= TILES * processors
     splits = max(1, min(tiles, 4 * processors // rows, 1024 // GP))
-    if few:
-        parts = max(1, min(scored, CHOOSE_PROGRAMS * processors // rows))
-        BK, KP = CHOOSE_BYTES // (DP * itemsize), max(2, next_power_of_two(free + 1))
-    else:
-        BK, parts = SELECT_BYTES // (DP * itemsize), max(1, min(tiles, 8 * processors // rows))
-        if official:
-            chunk = min(chunk, spec.block_size)
-            free = min(spec.block_size // 2, spec.num_blocks)
-        KP = max(next_power_of_two(free), spec.block_size // chunk if official else 1)
-    chunks = max(4, next_power_of_two(width // chunk))
-    lists = max(KP, 16, next_power_of_two(scored))
-    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts, few, lists)
+    parts = max(1, min(tiles, 8 * processors // rows))
+    chunks, BK = max(4, next_power_of_two(width // chunk)), SELECT_BYTES // (DP * itemsize)
+    return _Selection(DP, GP, max(16, GP), BN, BK, splits, width, chunk, chunks, KP, slab, parts)
 
 
 @lru_cache(maxsize=256)
@@ -158,36 +140,26 @@ def _select(
     G, c, S, k_blocks = H // K, scale * LOG2E, spec.block_size, spec.num_blocks
     q, pooled, k, v = _dense(q), _dense(pooled), _dense(k), _dense(v)
     x = _selection(B, N, H, K, D, P, q.element_size(), spec, device.index)
-    indices = torch.empty((B, N, K, k_blocks) if not (attend and x.few) else (0,), dtype=torch.int32, device=device)
+    indices = torch.empty(B, N, K, k_blocks, dtype=torch.int32, device=device)
     out = torch.empty((B, N, H, D) if attend else (0,), dtype=q.dtype, device=device)
     lse = torch.empty((B, N, H) if attend else (0,), dtype=torch.float32, device=device)
     room = G * x.width + x.splits * 2 * x.GP + x.width
     floats = torch.empty(x.slab * K * room, dtype=torch.float32, device=device)
-    longs = torch.empty(x.slab * K * (1 + (x.width // SCORES * x.KP if x.few else 0)), dtype=torch.int64, device=device)
-    maxima = torch.empty(0 if x.few else x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
+    maxima = torch.empty(x.slab * K * (x.width // x.chunk), dtype=torch.int32, device=device)
     given, first = starts is not None, lengths if starts is None else starts
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     BK = min(x.BK, KP2 * S)
-    pdl = _dependent(device.index) if x.few or DEPENDENT_CROWD else {}
-    when = (2 if x.few else DEPENDENT_CROWD) if pdl else 0
+    pdl = _dependent(device.index) if DEPENDENT_SELECTION else {}
+    when = DEPENDENT_SELECTION if pdl else 0
     forced = spec.first_blocks, spec.local_blocks
-    crowded = x.slab * K * x.parts > _processors(device.index)
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
-            q, pooled, k, lengths, first, floats, longs, row0, rows, N, K, G, x.splits, x.width, *q_strides,
+            q, pooled, k, lengths, first, floats, row0, rows, N, K, G, x.splits, x.width, *q_strides,
             *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, when,
             num_warps=4, num_stages=3, **pdl,
         )  # fmt: skip
-        if x.few:
-            choose_kernel[(rows * K * x.parts,)](
-                q, k, v, lengths, first, indices, out, lse, floats, longs, row0, rows, N, K, G, x.splits, x.parts,
-                x.width, k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, x.BN, SCORES,
-                BK, SP, x.lists, min(x.lists, 64), x.KP, KP2, attend, given, when,
-                num_warps=CHOOSE_WARPS, num_stages=2, maxnreg=CHOOSE_REGISTERS if crowded else None, **pdl,
-            )  # fmt: skip
-            continue
         sum_kernel[(rows * K * x.parts,)](
             lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
             S, x.GP, x.BN, SP, x.chunk, given, when,

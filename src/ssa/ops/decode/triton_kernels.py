@@ -1,9 +1,9 @@
 """Decoding in Triton: pooled keys of completed blocks, scores of blocks, exact top-k, attention split over the keys.
 
-A step of sparse decoding begins with ``score_kernel``, which reads the pooled keys once and leaves the logits and, per
-split, their maximum and sum. Small budgets go on in :mod:`ssa.ops.decode.triton_choice`. Otherwise ``sum_kernel`` makes
-scores of the logits; ``select_kernel`` selects the row's blocks and, up to some size, attends over them. Large budgets
-and full decoding spread the keys over programs (``attend_kernel``) and merge (``combine_kernel``).
+A step of sparse decoding is three launches: ``score_kernel`` reads the pooled keys once and leaves the logits and, per
+split, their maximum and sum; ``sum_kernel`` makes scores of the logits; ``select_kernel`` selects the row's blocks and,
+up to some size, attends over them. Large budgets and full decoding spread the keys over programs (``attend_kernel``)
+and merge (``combine_kernel``).
 
 With PDL a kernel may start while the one before it ends (programmatic dependent launch). Every program of every kernel
 here then waits, before it returns or reads what that one may have written, so the end of a kernel implies the end of
@@ -53,13 +53,6 @@ def _share(tiles, split, splits):
     used = tl.where(each > 0, tl.cdiv(tiles, tl.maximum(each, 1)), 0)
     first = tl.minimum(split * each, tiles)
     return first, tl.minimum(first + each, tiles), used
-
-
-@triton.jit
-def _total(m_ig, l_ig):
-    """Log-sum-exp ``[GP]`` of the splits' maxima and sums; of no split it is no number, and not used."""
-    m_g = tl.max(m_ig, 0)
-    return m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))
 
 
 @triton.jit
@@ -127,7 +120,6 @@ def score_kernel(
     lengths_ptr,
     starts_ptr,
     float_ptr,  # workspace: logits [rows, K, G, NC] in base 2, then maxima and sums [rows, K, splits, 2, GP]
-    long_ptr,  # of choose_kernel: counters [rows, K], zeroed
     row0,
     rows,
     N,
@@ -164,8 +156,6 @@ def score_kernel(
     pair = tl.program_id(0) // splits
     head = pair % K
     row = row0 + pair // K
-    if split == 0:
-        tl.store(long_ptr + pair, 0)
     sequence, start, position = _place(row, lengths_ptr, starts_ptr, N, STARTS)
     complete = tl.maximum(position + 1, 0) // S
     tiles = tl.cdiv(complete, BN)
@@ -207,16 +197,13 @@ def score_kernel(
 
 
 @triton.jit
-def _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c, LATE: tl.constexpr = False):
-    """Running maximum, sum and output after a tile of keys. LATE: values stay in registers until the weights are there;
-    otherwise the compiler moves them to shared memory, and waits for them, before it asks for the keys."""
+def _attend_tile(q_md, k_nd, v_nd, seen_mn, m, l, o_md, c):
+    """Running maximum, sum and output after a tile of keys."""
     s_mn = tl.where(seen_mn, tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * c, NOTHING)
     top = tl.maximum(m, tl.max(s_mn, 1))
     base = tl.where(top == NOTHING, 0.0, top)
     p_mn = tl.exp2(s_mn - base[:, None])
     old = tl.exp2(m - base)
-    if LATE:
-        v_nd = tl.where((tl.max(p_mn, 0) >= 0.0)[:, None], v_nd, 0.0)  # changes nothing
     o_md = o_md * old[:, None] + tl.dot(p_mn.to(v_nd.dtype), v_nd, input_precision="ieee")
     return top, l * old + tl.sum(p_mn, 1), o_md
 
@@ -306,7 +293,8 @@ def sum_kernel(
     partial = float_ptr + pairs * G * NC + (wide * splits + i)[:, None] * 2 * GP + g[None, :]
     m_ig = tl.load(partial, mask=(i < used)[:, None], other=NOTHING)
     l_ig = tl.load(partial + GP, mask=(i < used)[:, None], other=0.0)
-    lse_g = _total(m_ig, l_ig)
+    m_g = tl.max(m_ig, 0)
+    lse_g = m_g + tl.log2(tl.sum(l_ig * tl.exp2(m_ig - m_g[None, :]), 0))
     logits = float_ptr + wide * G * NC
     score_row = float_ptr + pairs * (G * NC + splits * 2 * GP) + wide * NC
     chunk_row = chunk_ptr + wide * (NC // CS)
