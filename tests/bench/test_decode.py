@@ -46,6 +46,16 @@ def test_a_wrong_result_has_no_time(kind: str) -> None:
         assert "ms" not in record
 
 
+def test_designs_change_constants_that_exist_and_put_them_back() -> None:
+    launches = pytest.importorskip("ssa.ops.decode.triton")
+    for constants in decode.DESIGNS.values():
+        before = {name: getattr(launches, name) for name in constants}
+        assert before != constants
+        with decode.design(constants):
+            assert {name: getattr(launches, name) for name in constants} == constants
+        assert {name: getattr(launches, name) for name in constants} == before
+
+
 def test_smoke_suite(tmp_path: Path) -> None:
     assert main(["bench", "--suite", "decode-smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench-decode-smoke.json").read_text())

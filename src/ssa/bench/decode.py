@@ -8,9 +8,8 @@ time includes the update of the pooled keys.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -32,21 +31,13 @@ from ssa.ops.decode import decode_attention, full_decode_attention, select_block
 CALLS = 16  # of the operation in a graph
 CACHE_BYTES = 12 << 30  # of all layers together, but at least two
 REPLAYS = 12
-DESIGN_SECONDS = 90.0  # of a run after which no other design is begun
 # other designs of the launches, by the private constants of ssa.ops.decode.triton: which one is right where
-_ALL: dict[str, dict[str, object]] = {
+DESIGNS: dict[str, dict[str, object]] = {
     "launched in turn": {"DEPENDENT_SELECTION": 0},
     "launched early": {"DEPENDENT_SELECTION": 2},
     "smaller tiles": {"SELECT_BYTES": 16384},
     "larger tiles": {"SELECT_BYTES": 65536},
-}
-_ALONE: dict[str, dict[str, object]] = {**_ALL, "attention apart": {"FUSED_KEYS": 16}}
-DESIGNS: dict[str, dict[str, dict[str, object]]] = {
-    "1b_128k_b1": _ALONE,
-    "8b_128k_b1": _ALONE,
-    "1b_64k_b16": _ALL,
-    "1b_128k_b32": _ALL,
-    "8b_128k_b16": _ALL,
+    "attention apart": {"FUSED_KEYS": 16},
 }
 
 
@@ -91,14 +82,16 @@ class Cache:
     lengths: Tensor
 
 
+_WORKLOADS = (
+    Workload("1b_128k_b1", 1, 131072, 32, 2, 64),
+    Workload("1b_64k_b16", 16, 65536, 32, 2, 64),
+    Workload("1b_128k_b32", 32, 131072, 32, 2, 64),
+    Workload("8b_128k_b1", 1, 131072, 32, 8, 128),
+    Workload("8b_128k_b16", 16, 131072, 32, 8, 128),
+)
 SUITES = {
-    "decode": (
-        Workload("1b_128k_b1", 1, 131072, 32, 2, 64),
-        Workload("1b_64k_b16", 16, 65536, 32, 2, 64),
-        Workload("1b_128k_b32", 32, 131072, 32, 2, 64),
-        Workload("8b_128k_b1", 1, 131072, 32, 8, 128),
-        Workload("8b_128k_b16", 16, 131072, 32, 8, 128),
-    ),
+    "decode": _WORKLOADS,
+    "decode-designs": _WORKLOADS,
     "decode-smoke": (Workload("tiny", 2, 512, 4, 2, 16, num_blocks=4, dtype="float32"),),
 }
 PROMISED = {"1b_128k_b1": 2.5, "1b_128k_b32": 15.0, "8b_128k_b1": 8.0, "8b_128k_b16": 15.0}
@@ -178,20 +171,24 @@ def design(constants: dict[str, object]) -> Iterator[None]:
 
 
 Run = Callable[[Workload, Cache], Tensor]
+Operation = tuple[str, str, Run, dict[str, object]]  # kind, backend, function, private constants
 SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
-def operations(device: torch.device) -> list[tuple[str, str, Run]]:
-    """Kind, backend and function of every case."""
+def operations(suite: str, device: torch.device) -> list[Operation]:
+    """What a suite times."""
+    if suite == "decode-designs":
+        others = [(f"sparse, {name}", "ssa", sparse, constants) for name, constants in DESIGNS.items()]
+        return [("sparse", "ssa", sparse, {}), *others]
     backends = SDPA if device.type == "cuda" else (SDPBackend.MATH,)
-    rivals: list[tuple[str, str, Run]] = [
-        ("full", f"sdpa {b.name.lower()}{', grouped' if grouped else ''}", partial(sdpa, b, grouped))
+    rivals: list[Operation] = [
+        ("full", f"sdpa {b.name.lower()}{', grouped' if grouped else ''}", partial(sdpa, b, grouped), {})
         for b in backends
         for grouped in (True, False)
         if not (grouped and b == SDPBackend.CUDNN_ATTENTION)  # 20 to 40 times slower
     ]
-    ours: list[tuple[str, str, Run]] = [("full", "ssa", full), ("sparse", "ssa", sparse)]
-    return [*ours, ("sparse, pooled keys up to date", "ssa", without_update), *rivals]
+    ours: list[Operation] = [("full", "ssa", full, {}), ("sparse", "ssa", sparse, {})]
+    return [*ours, ("sparse, pooled keys up to date", "ssa", without_update, {}), *rivals]
 
 
 # ---------------------------------------------------------------------- what is right
@@ -287,25 +284,15 @@ def run(suite: str, command: str, device: torch.device, say: Callable[[str], Non
     """The result of a suite; cases with a wrong output have no time."""
     result = header(suite, command)
     cases: list[Record] = []
-    began = time.monotonic()
     for workload in SUITES[suite]:
         layers = draw(workload, device)
-        with torch.no_grad():
-            for kind, backend, function in operations(device):
+        for kind, backend, function, constants in operations(suite, device):
+            with torch.no_grad(), design(constants) if constants else nullcontext():
                 cases.append(run_case(kind, backend, function, workload, layers))
-                say(one_line(cases[-1]))
+            say(one_line(cases[-1]))
         del layers
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    named = {workload.name: workload for workload in SUITES[suite]} if device.type == "cuda" else {}
-    for workload, designs in ((named[x], designs) for x, designs in DESIGNS.items() if x in named):
-        layers = []
-        for name, constants in designs.items():
-            if time.monotonic() - began < DESIGN_SECONDS:
-                layers = layers or draw(workload, device)
-                with torch.no_grad(), design(constants):
-                    cases.append(run_case(f"sparse, {name}", "ssa", sparse, workload, layers))
-                say(one_line(cases[-1]))
     for case in cases:
         if case["kind"] == "sparse" and "ms" in case:
             case["over_fastest_full"] = _speed_up(case["workload"]["name"], cases)

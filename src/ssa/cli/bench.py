@@ -27,13 +27,15 @@ def run(argv: list[str]) -> int:
                 "training",
                 "training-smoke",
                 "decode",
+                "decode-designs",
                 "decode-smoke",
                 "generate",
             ],
             arg(
                 help="smoke: seconds, on a CPU too; full: full-attention backends; kernels: all shapes; targets: "
                 "record; layer: one layer's attention in a training step; training: whole steps of the 1B model; "
-                "decode: one layer's step of decoding at 128K; generate: decoding and prefill of whole models; "
+                "decode: one layer's step of decoding at 128K; decode-designs: other designs of its launches; "
+                "generate: decoding and prefill of whole models; "
                 "layer-smoke, training-smoke, decode-smoke: tiny, on a CPU too"
             ),
         ] = "smoke",
