@@ -54,24 +54,25 @@ Add = Callable[[dict[str, Any]], None]  # takes a record, and writes all of them
 def scaling(setting: Setting, add: Add) -> None:
     """Whole steps of FullAttn 1B at 8K, weights sharded, the same batch a GPU: on each alone, at the same time, since
     no two are equally fast; then on both."""
-    jobs = []
-    for name, size, gpu in (("scaling-first", 1, 0), ("scaling-second", 1, 1), ("scaling-both", 2, None)):
-        rows = {
-            "training.micro_batch_rows": 2,
-            "training.rows_per_step": 2 * size,
-            "data.row_length": setting.row_length,
-        }
-        rows |= {"training.precision": "fp32", "training.device": "cpu"} if setting.tiny else {}
-        recipe, out = setting.out / f"{name}.yaml", setting.out / f"{name}.json"
-        recipe.write_text(dump_recipe(load_recipe("quickstart/full" if setting.tiny else "1b/full", rows)))
-        place = None if setting.tiny else gpu
-        arguments = {"recipe_file": str(recipe), "out": str(out), "rounds": 3, "steps": 3}
-        jobs.append((worker(setting, name, size, "scaling", place, **arguments), out))
-        if gpu != 0:
-            for job, found in jobs:
-                if job.wait(90.0):
-                    add({"part": "scaling", **json.loads(found.read_text())})
-            jobs.clear()
+    for wave in ({"scaling-first": 0, "scaling-second": 1}, {"scaling-both": None}):
+        jobs = {name: _timed(setting, name, gpu) for name, gpu in wave.items()}
+        for name, job in jobs.items():
+            if job.wait(90.0):
+                add({"part": "scaling", **json.loads((setting.out / f"{name}.json").read_text())})
+
+
+def _timed(setting: Setting, name: str, gpu: int | None) -> Job:
+    size = 2 if gpu is None else 1
+    rows = {
+        "training.micro_batch_rows": 2,
+        "training.rows_per_step": 2 * size,
+        "data.row_length": setting.row_length,
+    }
+    rows |= {"training.precision": "fp32", "training.device": "cpu"} if setting.tiny else {}
+    recipe, out = setting.out / f"{name}.yaml", setting.out / f"{name}.json"
+    recipe.write_text(dump_recipe(load_recipe("quickstart/full" if setting.tiny else "1b/full", rows)))
+    arguments = {"recipe_file": str(recipe), "out": str(out), "rounds": 3, "steps": 3}
+    return worker(setting, name, size, "scaling", None if setting.tiny else gpu, **arguments)
 
 
 # ---------------------------------------------------------------------- (b) checkpoints

@@ -193,7 +193,10 @@ def step(shape: tuple[int, int, int], batch: int, capacity: int) -> Callable[[],
     q = torch.empty(batch, 1, H, D, dtype=torch.bfloat16)
     k = torch.empty(batch, capacity, K, D, dtype=torch.bfloat16)
     pooled, lengths = k[:, ::16].contiguous(), torch.zeros(batch, dtype=torch.int32)
-    as_on_gpu: dict[str, Any] = {"_processors": lambda index: 132, "_dependent": lambda index: {"launch_pdl": True}}
+    as_on_gpu: dict[str, Any] = {
+        "_processors": lambda index: 132,
+        "_dependent": lambda index, when=2: (when, {"launch_pdl": True}),
+    }
 
     def call() -> None:
         triton_decode.forget_launches()

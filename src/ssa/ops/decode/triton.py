@@ -30,7 +30,7 @@ FUSED_KEYS = 512  # budgets up to so many keys are attended by the program that 
 TILE_BYTES = 16384  # of one tile of keys
 SELECT_BYTES = 32768  # of a tile of keys in select_kernel
 DEPENDENT_LAUNCH = True  # where compute capability and Triton allow it
-DEPENDENT_SELECTION = 1  # in the selection: 0 not, 1 at the end of a kernel, 2 from its begin on
+DEPENDENT_SELECTION = 1  # in the selection; see _dependent
 
 
 class _Selection(NamedTuple):
@@ -67,11 +67,14 @@ def _processors(index: int | None) -> int:
 
 
 @cache
-def _dependent(index: int | None) -> dict[str, Any]:
-    """Launch options of programmatic dependent launch; none where it is not available."""
+def _dependent(index: int | None, when: int = 2) -> tuple[int, dict[str, Any]]:
+    """PDL of the kernels, and launch options, of programmatic dependent launch: 0 and none where it is not available.
+
+    ``when`` the next kernel may be brought in: 0 in turn, 1 at the end of a kernel, 2 from its begin on.
+    """
     available = torch.cuda.is_available() and capability(index)[0] >= 9 and not is_interpreted()
     gdc = getattr(getattr(tl.extra, "cuda", None), "gdc_wait", None)
-    return {"launch_pdl": True} if DEPENDENT_LAUNCH and available and gdc is not None else {}
+    return (when, {"launch_pdl": True}) if when and DEPENDENT_LAUNCH and available and gdc is not None else (0, {})
 
 
 def _tile(DP: int, itemsize: int, least: int) -> int:
@@ -150,26 +153,25 @@ def _select(
     q_strides, kv_strides = q.stride()[:3], (*k.stride()[:3], *v.stride()[:3])
     SP, KP2 = next_power_of_two(x.splits), next_power_of_two(k_blocks)
     BK = min(x.BK, KP2 * S)
-    pdl = _dependent(device.index) if DEPENDENT_SELECTION else {}
-    when = DEPENDENT_SELECTION if pdl else 0
+    pdl, options = _dependent(device.index, DEPENDENT_SELECTION)
     forced = spec.first_blocks, spec.local_blocks
     for row0 in range(0, B * N, x.slab):
         rows = min(x.slab, B * N - row0)
         score_kernel[(rows * K * x.splits,)](
             q, pooled, k, lengths, first, floats, row0, rows, N, K, G, x.splits, x.width, *q_strides,
-            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, when,
-            num_warps=4, num_stages=3, **pdl,
+            *pooled.stride()[:3], *k.stride()[:3], c, D, x.DP, S, x.GP, x.M, x.BN, update, given, pdl,
+            num_warps=4, num_stages=3, **options,
         )  # fmt: skip
         sum_kernel[(rows * K * x.parts,)](
             lengths, first, floats, maxima, row0, rows, N, K, G, x.splits, x.parts, x.width, *forced,
-            S, x.GP, x.BN, SP, x.chunk, given, when,
-            num_warps=4, num_stages=3, **pdl,
+            S, x.GP, x.BN, SP, x.chunk, given, pdl,
+            num_warps=4, num_stages=3, **options,
         )  # fmt: skip
         select_kernel[(rows * K,)](
             q, k, v, lengths, first, indices, out, lse, floats, maxima, row0, rows, N, K, G, x.splits, x.width,
             k_blocks, *forced, *q_strides, *kv_strides, c, D, x.DP, S, x.GP, x.M, BK, x.chunks, x.chunk, x.KP, KP2,
-            spec.rule == "official", attend, given, when,
-            num_warps=4, num_stages=2, **pdl,
+            spec.rule == "official", attend, given, pdl,
+            num_warps=4, num_stages=2, **options,
         )  # fmt: skip
     return indices, out, lse
 
@@ -197,13 +199,12 @@ def _attend(
     if x.splits > 1:
         part = torch.empty(B, N, H, x.splits, D, dtype=torch.float32, device=device)
         part_lse = torch.empty(B, N, H, x.splits, dtype=torch.float32, device=device)
-    tiles, pdl = ceil_div(N, x.TT), _dependent(device.index)
-    when = 2 if pdl else 0
+    tiles, (pdl, options) = ceil_div(N, x.TT), _dependent(device.index)
     attend_kernel[(B * tiles * K * x.splits,)](
         q, k, v, lengths if indices is None else indices.contiguous(), lengths, lengths if starts is None else starts,
         part, part_lse, tiles, N, K, H // K, x.splits, slots, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2E, D, x.DP, block_size, x.GP, x.M, x.TT, x.BN, listed, x.splits > 1, starts is not None,
-        when, num_warps=4, num_stages=3, **pdl,
+        pdl, num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     if x.splits > 1:
         SP = max(16, next_power_of_two(x.splits))
@@ -217,9 +218,9 @@ def _attend(
             x.DP,
             SP,
             min(SP, max(16, 4096 // x.DP)),
-            when,
+            pdl,
             num_warps=4,
-            **pdl,
+            **options,
         )
     return out, lse
 
@@ -324,11 +325,10 @@ def _decode(
 def _update_op(pooled: Tensor, k: Tensor, lengths: Tensor, new: int, starts: Tensor | None, S: int) -> None:
     if pooled.stride(3) != 1:
         raise RuntimeError("update_pooled: the head dimension of `pooled` must be contiguous")
-    k, D, pdl = _dense(k), k.shape[3], _dependent(k.device.index)
-    when = 2 if pdl else 0
+    k, D, (pdl, options) = _dense(k), k.shape[3], _dependent(k.device.index)
     pool_new_kernel[(ceil_div(new, S), k.shape[0] * k.shape[2])](
         k, pooled, lengths, lengths if starts is None else starts, new, k.shape[2], *k.stride()[:3],
-        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, when, num_warps=1, **pdl,
+        *pooled.stride()[:3], D, max(16, next_power_of_two(D)), S, starts is not None, pdl, num_warps=1, **options,
     )  # fmt: skip
 
 

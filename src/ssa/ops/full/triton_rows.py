@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.full.query_rows import Window
+from ssa.ops.full.row_kernels import Pair
 from ssa.ops.triton_support import ceil_div, next_power_of_two, on_device
 
 ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
-Pair = tuple[Tensor, Tensor]
 
 
 @triton.jit
