@@ -197,7 +197,12 @@ def test_a_study_holds_one_kind_of_pieces(data, tmp_path, capsys):
     assert len(result["runs"]) == 2
     assert "--set training.steps=2" in result["command"]
     assert not (tmp_path / "report.html").exists()
+    record = tmp_path / "kept" / "record.json"
+    assert main([*argv, "--record", str(record)]) == 0  # nothing is left to train
+    assert [piece["variant"] for piece in json.loads(record.read_text())["pieces"]] == ["full"]
     capsys.readouterr()
+    assert main([*argv, "--claims", str(tmp_path / "claims.md")]) == 2
+    assert "--claims: got --brief" in capsys.readouterr().err
     assert main([*argv[:-1], "optimizer.learning_rate=2e-3"]) == 2
     assert "one kind of pieces" in capsys.readouterr().err
     assert main([*argv[:-1], "nonsense"]) == 2

@@ -32,7 +32,7 @@ def reproduce(
     seeds: Annotated[tuple[int, ...], arg(help="instead of the scale's own")] = (),
     only: Annotated[tuple[str, ...], arg(help="variants to do, such as ssa or alpha-160; default all")] = (),
     set: Annotated[tuple[str, ...], arg(help="recipe keys of all pieces, such as optimizer.learning_rate=1e-3")] = (),
-    brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no report")] = False,
+    brief: Annotated[bool, arg(help="perplexity and statistics at the trained budget alone, and no page")] = False,
     known: Annotated[Path | None, arg(help="record of an earlier study; its pieces count as done")] = None,
     report: Annotated[bool, arg(help="train nothing: write the report of what is there")] = False,
     claims: Annotated[Path | None, arg(help="also write the claims table to this Markdown file")] = None,
@@ -50,6 +50,9 @@ def reproduce(
 
     began = time.time()
     console = Console(soft_wrap=True, highlight=False)
+    if brief and not report and (claims or summary):
+        flag = "--claims" if claims else "--summary"
+        raise ConfigError(flag, "--brief, which judges nothing", "one of the two", "--report afterwards")
     if known is not None:
         from ssa.report import restore_record
 
@@ -62,7 +65,12 @@ def reproduce(
 
         job = Job(scale, str(data), str(out), seeds or None, only, deadline, _changes(set), brief)
         _run(console, job, gpus, workers_per_gpu)
-    if brief:
+    if brief and not report:
+        if record is not None:
+            from ssa.report import write_record
+
+            write_record(out, record)
+            console.print(f"written to {record}", markup=False)
         return 0
     from ssa.report import read_study, render_claims, write_study
 

@@ -52,11 +52,12 @@ def study_record(folder: Path) -> dict[str, Any]:
     }
 
 
-def record_text(folder: Path) -> str:
-    """The record as JSON, a line for each piece."""
+def write_record(folder: Path, path: Path) -> None:
+    """Write the record of the study in ``folder`` to ``path``, a line for each piece."""
     record = _rounded(study_record(folder))
     pieces = ",\n  ".join(json.dumps(piece, separators=(",", ":")) for piece in record.pop("pieces"))
-    return f'{json.dumps(record, indent=1)[:-2]},\n "pieces": [\n  {pieces}\n ]\n}}\n'
+    text = f'{json.dumps(record, indent=1)[:-2]},\n "pieces": [\n  {pieces}\n ]\n}}\n'
+    write_file(path, text.encode())
 
 
 def _compact(evaluation: dict[str, Any]) -> dict[str, Any]:

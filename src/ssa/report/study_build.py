@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssa.report.build import require, write_file
 from ssa.report.fields import read_text
-from ssa.report.record import record_text
+from ssa.report.record import write_record
 from ssa.report.study import Study
 from ssa.report.study_text import claims_markdown, put_summary
 
@@ -45,7 +45,7 @@ def write_study(
         write_file(summary, put_summary(read_text(summary), study, str(summary)).encode("utf-8"))
         written.append(summary)
     if record is not None:
-        write_file(record, record_text(out).encode("utf-8"))
+        write_record(out, record)
         written.append(record)
     for figure in figures:
         write_file(out / "figures" / f"{figure.name}.png", figure.png)
