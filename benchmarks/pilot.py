@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from ssa.environment import commit, machine
 
 STEP = "--set training.rows_per_step={0} training.micro_batch_rows={0} optimizer.learning_rate={1}"
 CALLS = (
@@ -104,7 +107,8 @@ def main() -> int:
     folders = [given.out / f"call-{number}" for number in range(len(given.call))]
     busy = run_all(given, folders)
     rows = [row for folder, call in zip(folders, given.call, strict=True) for row in read(folder, call)]
-    result = {"schema": "ssa.pilot/1", "busy_percent": busy, "rows": rows}
+    facts = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "machine": machine()}
+    result = {"schema": "ssa.pilot/1", **facts, "busy_percent": busy, "rows": rows}
     (given.out / "pilot.json").write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(map(line, rows)))
     if busy:

@@ -147,7 +147,8 @@ def test_activations_are_recomputed_where_the_recipe_says_so_or_memory_is_short(
 
 
 def test_the_summary_leaves_out_splits_that_do_not_exist() -> None:
-    lines = describe_size(load_recipe("64m/ssa")).splitlines()  # 16 rows a step, 4 a micro-batch
+    recipe = load_recipe("64m/ssa", {"training.micro_batch_rows": 2})  # of 8 rows a step
+    lines = describe_size(recipe).splitlines()
     table = [line.split() for line in lines[lines.index("estimated GiB on each GPU") + 2 :]]
     assert [row[0] for row in table] == ["1", "2", "4"]
     for row in table:

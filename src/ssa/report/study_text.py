@@ -15,7 +15,7 @@ from ssa.report.claims import Claim, Verdict, all_claims
 from ssa.report.findings import Table, all_tables, core_table
 from ssa.report.own_claims import own_claims, verdict_text
 from ssa.report.study import Study
-from ssa.report.wording import data_line, distinct, machine_line, statement
+from ssa.report.wording import data_line, distinct, machine_line, model_sizes, statement
 
 RULE = (
     "A claim that a difference has a sign is *reproduced* if the 95 % t interval of the difference, paired by seed, "
@@ -106,7 +106,8 @@ def put_summary(text: str, study: Study, where: str) -> str:
 def claims_markdown(study: Study) -> str:
     """The claims and tables as a Markdown page."""
     claims = all_claims(study)
-    lines = ["# Claims of the paper, measured", ""]
+    evaluations = [item for group in study.core for item in group.evaluations]
+    lines = [f"# Claims of the paper, measured{f' at {model_sizes(study.core)}' if evaluations else ''}", ""]
     lines += [f"{_escape(statement(study.core))} {outcome(claims)} {effort(study)}", "", RULE, ""]
     head = ("claim", "paper (1B, 100B tokens)", "here", "difference [95 % interval]", "verdict")
     lines += _markdown(head, [_row(c, c.verdict.value) for c in claims])
@@ -116,7 +117,6 @@ def claims_markdown(study: Study) -> str:
     methods = core_table(study)
     for table in [*([methods] if methods else []), *all_tables(study)]:
         lines += ["", f"## {table.title}", "", table.caption, "", *_table(table)]
-    evaluations = [item for group in study.core for item in group.evaluations]
     commits = distinct(evaluations, lambda item: item.commit or "")
     lines += ["", "## Where the figures come from", ""]
     lines += [

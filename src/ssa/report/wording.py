@@ -20,7 +20,7 @@ def statement(groups: Sequence[Group]) -> str:
         return f"The training of {formats.listed(group.label for group in groups)}; no evaluation is there yet."
     evaluated = [group for group in groups if group.evaluations]
     models = [evaluation.model for evaluation in evaluations]
-    details = [f"{_range(model.parameters for model in models)} parameters"]
+    details = [model_sizes(groups)]
     if trained := [model.trained_tokens for model in models if model.trained_tokens is not None]:
         details.append(f"{_range(trained)} training tokens")
     if seeds := sorted({model.seed for model in models if model.seed is not None}):
@@ -31,6 +31,11 @@ def statement(groups: Sequence[Group]) -> str:
         f"{subject} trained with {labels} ({', '.join(details)}) and run on "
         f"{formats.listed(distinct(evaluations, data_line))}, {_ways(evaluated)}."
     )
+
+
+def model_sizes(groups: Sequence[Group]) -> str:
+    """How many parameters the evaluated models have, such as ``12.9 M parameters``."""
+    return f"{_range(evaluation.model.parameters for evaluation in all_evaluations(groups))} parameters"
 
 
 def _ways(groups: Sequence[Group]) -> str:

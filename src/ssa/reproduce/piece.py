@@ -18,6 +18,7 @@ from ssa.data.loader import PackedDataset
 from ssa.errors import NumericError, SSAError
 from ssa.evaluate import evaluate, run_facts, write_result
 from ssa.model import load_model
+from ssa.report import study_command
 from ssa.reproduce.plan import Piece, Scale
 from ssa.train.loop import train
 from ssa.train.world import resolve_device
@@ -114,8 +115,7 @@ def _train(piece: Piece, data: Path, folder: Path, device: str) -> None:
 def _evaluate(piece: Piece, scale: Scale, data: Path, folder: Path, device: str) -> None:
     model = load_model(folder, device=resolve_device(device))
     dataset = PackedDataset(data, "valid")
-    command = f"ssa reproduce --scale {scale.name} --only {piece.variant}"
-    command += "".join(f" --set {key}={value}" for key, value in piece.changes.items())
+    command = f"{study_command(scale.name, piece.changes, piece.brief)} --only {piece.variant}"
     began = time.perf_counter()
 
     def say(what: str) -> None:  # the log of a worker shows where its time goes
