@@ -17,6 +17,7 @@ ORDER = {
     "Project": [
         "results.md",
         "claims.md",
+        "claims-64m.md",
         "experiments.md",
         "kernels.md",
         "full-stream.md",
