@@ -195,7 +195,7 @@ def test_a_study_holds_one_kind_of_pieces(data, tmp_path, capsys):
     assert "learning_rate: 0.001" in recipe
     result = json.loads((tmp_path / "pieces" / "full-seed0" / "evaluation.json").read_text())
     assert len(result["runs"]) == 2
-    assert result["command"].endswith("--brief --set training.steps=2 optimizer.learning_rate=0.001 --only full")
+    assert result["command"].endswith("--only full --brief --set training.steps=2 optimizer.learning_rate=0.001")
     assert not (tmp_path / "report.html").exists()
     record = tmp_path / "kept" / "record.json"
     assert main([*argv, "--record", str(record)]) == 0  # nothing is left to train

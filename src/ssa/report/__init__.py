@@ -4,7 +4,7 @@ Reading and the table need no more than ``rich``; the page needs matplotlib and 
 """
 
 from ssa.report.build import build_report, write_report
-from ssa.report.record import restore_record, study_command, write_record
+from ssa.report.record import restore_record, write_record
 from ssa.report.results import Evaluation, Metrics, parse_evaluation, read_evaluation, read_metrics
 from ssa.report.runs import Run, discover
 from ssa.report.study import Study, read_study
@@ -27,7 +27,6 @@ __all__ = [
     "render_claims",
     "render_table",
     "restore_record",
-    "study_command",
     "write_record",
     "write_report",
     "write_study",

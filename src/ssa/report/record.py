@@ -52,12 +52,6 @@ def study_record(folder: Path) -> dict[str, Any]:
     }
 
 
-def study_command(scale: str, changes: dict[str, Any], brief: bool) -> str:
-    """The command that gives the pieces of such a job, without places."""
-    values = "".join(f" {key}={value}" for key, value in changes.items())
-    return f"ssa reproduce --scale {scale}{' --brief' * brief}{values and f' --set{values}'}"
-
-
 def write_record(folder: Path, path: Path) -> None:
     """Write the record of the study in ``folder`` to ``path``, a line for each piece."""
     record = _rounded(study_record(folder))
@@ -137,11 +131,17 @@ def _expanded(evaluation: dict[str, Any], document: dict[str, Any]) -> dict[str,
     suite = {key: evaluation[key] for key in (*SUITE, "needle") if key in evaluation}
     return {
         "schema": f"{EVALUATION_SCHEMA}/{MAJOR}",
-        "command": study_command(**document["job"]),
+        "command": _study_command(**document["job"]),
         **{key: document[key][evaluation.get(key, 0)] for key in SHARED},
         **{key: evaluation[key] for key in ("model", "runs", "attention")},
         "suite": {**suite, "attention": evaluation.get("suite_attention", [])},
     }
+
+
+def _study_command(scale: str, changes: dict[str, Any], brief: bool) -> str:
+    """What trained the pieces of such a job, without variants, seeds and places."""
+    values = "".join(f" {key}={value}" for key, value in changes.items())
+    return f"ssa reproduce --scale {scale}{' --brief' * brief}{values and f' --set{values}'}"
 
 
 def _dump(value: Any) -> bytes:

@@ -18,7 +18,6 @@ from ssa.data.loader import PackedDataset
 from ssa.errors import NumericError, SSAError
 from ssa.evaluate import evaluate, run_facts, write_result
 from ssa.model import load_model
-from ssa.report import study_command
 from ssa.reproduce.plan import Piece, Scale
 from ssa.train.loop import train
 from ssa.train.world import resolve_device
@@ -115,14 +114,13 @@ def _train(piece: Piece, data: Path, folder: Path, device: str) -> None:
 def _evaluate(piece: Piece, scale: Scale, data: Path, folder: Path, device: str) -> None:
     model = load_model(folder, device=resolve_device(device))
     dataset = PackedDataset(data, "valid")
-    command = f"{study_command(scale.name, piece.changes, piece.brief)} --only {piece.variant}"
     began = time.perf_counter()
 
     def say(what: str) -> None:  # the log of a worker shows where its time goes
         print(f"  {time.perf_counter() - began:6.1f} s: {what}", flush=True)
 
     say("model and data are open")
-    result = evaluate(model, dataset, piece.plan(scale), facts=run_facts(folder), command=command, say=say)
+    result = evaluate(model, dataset, piece.plan(scale), facts=run_facts(folder), command=piece.command(scale), say=say)
     say("evaluated")
     write_result(result, folder / EVALUATION)
 

@@ -114,6 +114,12 @@ class Piece:
         """Name of its folder."""
         return f"{self.variant}-seed{self.seed}"
 
+    def command(self, scale: Scale) -> str:
+        """What trains and evaluates this variant, without seeds and places."""
+        values = "".join(f" {key}={value}" for key, value in self.changes.items())
+        brief, changed = " --brief" * self.brief, values and f" --set{values}"
+        return f"ssa reproduce --scale {scale.name} --only {self.variant}{brief}{changed}"
+
     def load(self, data: str, device: str) -> Recipe:
         """The recipe that is trained."""
         run = {"name": self.name, "seed": self.seed, "data.path": data, "training.device": device}
