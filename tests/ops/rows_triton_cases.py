@@ -5,22 +5,31 @@ import torch
 from ssa.ops.full import row_kernels, triton_rows
 from ssa.ops.full.query_rows import QueryRows, Window
 
-W, H, D, N = 21, 3, 24, 50
+W, H, D, N = 11, 6, 24, 50
 ROWS = QueryRows((Window(3, 2, 15, 7, 12), Window(3, 2, 15, 13, 14), Window(40, 1, 9, 2, 5), Window(49, 1, 1, 0, 1)))
 
 
-def compare() -> None:
-    """Rows that fill no tile, a head dimension that is no power of two, and a log-sum-exp far from the other's."""
+def compare(documents: int, heads: int) -> None:
+    """Rows that fill no tile, a head dimension that is no power of two, a log-sum-exp far from the other's, and results
+    whose heads come first in memory, as cuDNN's may."""
     torch.manual_seed(0)
-    out, past = torch.randn(W, H, D), torch.randn(W, H, D)
-    lse, past_lse = 30 * torch.randn(W, H), 30 * torch.randn(W, H)
-    past_lse[0] = float("-inf")
-    mine, theirs = [out.clone(), lse.clone()], [out.clone(), lse.clone()]
-    triton_rows.merge(*mine, past, past_lse)
-    row_kernels.merge(*theirs, past, past_lse)
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    target, index = torch.randn(N, H, D), torch.randperm(N)[:W]
-    for other in (None, past):
+    rows = documents * W
+    d_out, q, out = torch.randn(3, rows, H, D)
+    lse = 30 * torch.randn(rows, H)
+    for parts in ([q], [d_out, q, out, lse]):
+        mine, theirs = triton_rows.fold(parts, documents, heads), row_kernels.fold(parts, documents, heads)
+        assert all(map(torch.equal, mine, theirs))
+        assert all(torch.equal(row_kernels.unfold(x, rows), part) for x, part in zip(mine, parts, strict=True))
+    past, past_lse = (torch.randn(documents, heads, W * H // heads, size) for size in (D, 1))
+    past, past_lse = past.transpose(1, 2), 30 * past_lse[..., 0].transpose(1, 2)
+    past_lse[0, 0] = float("-inf")
+    for before in (past, past.contiguous(), past.mT.contiguous().mT):
+        mine, theirs = [out.clone(), lse.clone()], [out.clone(), lse.clone()]
+        triton_rows.merge(*mine, before, past_lse)
+        row_kernels.merge(*theirs, before, past_lse)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    target, index = torch.randn(N, H, D), torch.randperm(N)[:rows]
+    for other in (None, past, past.contiguous(), past.mT.contiguous().mT):
         mine[0], theirs[0] = target.clone(), target.clone()
         triton_rows.add(mine[0], index, out, other)
         row_kernels.add(theirs[0], index, out, other)
@@ -48,7 +57,9 @@ def compare_keys(dtype: torch.dtype, base: bool) -> None:
 
 
 if __name__ == "__main__":
-    compare()
+    for documents in (1, 3):
+        for heads in (1, 2, 6):
+            compare(documents, heads)
     for dtype in (torch.float32, torch.bfloat16):
         for base in (False, True):
             compare_keys(dtype, base)

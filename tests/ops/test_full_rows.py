@@ -95,10 +95,10 @@ def test_heads_are_folded_while_the_gpu_stays_busy() -> None:
     assert row_kernels.foldable(1, 2, 16, 32) == 1
     assert row_kernels.foldable(8, 8, 6, 256) == 3  # a divisor of the group
     x = torch.arange(2 * 3 * 4 * 5).view(6, 4, 5)
-    folded = row_kernels.fold(x, 2, 2)
+    (folded,) = row_kernels.fold([x], 2, 2)
     assert folded.shape == (2, 6, 2, 5)
     assert torch.equal(folded[1, 3], x[4, [1, 3]])  # second row, second of the heads that share keys
-    assert torch.equal(row_kernels.unfold(folded, 3), x)
+    assert torch.equal(row_kernels.unfold(folded, 6), x)
 
 
 def test_flash_gets_queries_with_their_prefix_of_keys(flash: row_kernels.RowKernel) -> None:

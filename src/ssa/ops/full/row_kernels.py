@@ -97,7 +97,9 @@ def _cpu_backward(
 
 # ---------------------------------------------------------------------- windows as rectangles and squares
 def merge(out: Tensor, lse: Tensor, past: Tensor, past_lse: Tensor) -> None:
-    """Join ``past`` and ``past_lse``, the results over earlier keys, into ``out [W, H, D]`` and ``lse [W, H]``."""
+    """Join ``past`` and ``past_lse``, the results over earlier keys as :func:`fold` orders them, into ``out [n * W, H,
+    D]`` and ``lse [n * W, H]``."""
+    past, past_lse = (unfold(x, len(out)) for x in (past, past_lse))
     total = torch.logaddexp(lse, past_lse)
     own, before = ((x - total).exp_()[..., None] for x in (lse, past_lse))
     out.copy_((own * out).addcmul_(before, past.to(own.dtype)))
@@ -105,9 +107,10 @@ def merge(out: Tensor, lse: Tensor, past: Tensor, past_lse: Tensor) -> None:
 
 
 def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> None:
-    """Add one or two ``[W, H, D]`` to the rows ``index`` of ``target [N, H, D]``, rounded once. No row comes twice."""
+    """Add ``square [n * W, H, D]`` and ``past``, as large and ordered as by :func:`fold`, to the rows ``index`` of
+    ``target [N, H, D]``, rounded once. No row comes twice."""
     total = target.index_select(0, index).to(_wide(target)) + square
-    target.index_copy_(0, index, (total if past is None else total + past).to(target.dtype))
+    target.index_copy_(0, index, (total if past is None else total + unfold(past, len(square))).to(target.dtype))
 
 
 def widen(base: Sequence[Tensor], own: Pair, place: Tensor) -> Pair:
@@ -130,19 +133,21 @@ def foldable(documents: int, kv_heads: int, group: int, keys: int) -> int:
     return next((n for n in range(group, 1, -1) if group % n == 0 and n <= most), 1)
 
 
-def fold(x: Tensor, documents: int, heads: int) -> Tensor:
+def fold(parts: Sequence[Tensor], documents: int, heads: int) -> list[Tensor]:
     """``[n * W, H, ...]`` to ``[n, W * H / heads, heads, ...]``: neighbouring heads become neighbouring rows."""
-    return x.unflatten(1, (heads, -1)).unflatten(0, (documents, -1)).transpose(2, 3).flatten(1, 2)
+    split = (x.unflatten(1, (heads, -1)).unflatten(0, (documents, -1)) for x in parts)
+    return [x.transpose(2, 3).flatten(1, 2) for x in split]
 
 
 def unfold(x: Tensor, rows: int) -> Tensor:
-    """The inverse of :func:`fold`, with ``rows`` W."""
-    return x.unflatten(1, (rows, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+    """The inverse of :func:`fold`, with ``rows`` n * W."""
+    return x.unflatten(1, (rows // len(x), -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
 
 
 class _Joints(NamedTuple):
     """The functions of these names, or what computes the same."""
 
+    fold: Callable[..., list[Tensor]]
     merge: Callable[..., None]
     add: Callable[..., None]
     widen: Callable[..., Pair]
@@ -152,10 +157,10 @@ class _Joints(NamedTuple):
 @cache
 def _joints(device: torch.device) -> _Joints:
     if device.type != "cuda" or find_spec("triton") is None:
-        return _Joints(merge, add, widen, add_keys)
+        return _Joints(fold, merge, add, widen, add_keys)
     from ssa.ops.full import triton_rows
 
-    return _Joints(triton_rows.merge, triton_rows.add, triton_rows.widen, triton_rows.add_keys)
+    return _Joints(triton_rows.fold, triton_rows.merge, triton_rows.add, triton_rows.widen, triton_rows.add_keys)
 
 
 def _queries(others: Sequence[Tensor], q: Tensor) -> Tensor:
@@ -188,12 +193,12 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
             outs.append(o.flatten(0, 1))
             lses.append(l.flatten(0, 1))
         out, lse = (x[0].contiguous() if len(x) == 1 else torch.cat(x) for x in (outs, lses))
-        join = _joints(q.device).merge
+        joints = _joints(q.device)
         for w, span in rows.spans():
             if w.begin:
-                folded = fold(query[span], w.documents, _heads(w, q, k))
+                (folded,) = joints.fold([query[span]], w.documents, _heads(w, q, k))
                 past = forward(folded, w.keys(k, w.begin), w.keys(v, w.begin), False, scale)
-                join(out[span], lse[span], *(unfold(x, w.size) for x in past))
+                joints.merge(out[span], lse[span], *past)
         return out, lse
 
     def rows_backward(
@@ -206,19 +211,20 @@ def _rectangles(forward: Callable[..., tuple[Tensor, Tensor]], backward: Callabl
             parts = (x[span].unflatten(0, (-1, size)) for x in (d_out, query, key, value, out, lse))
             squares.append([g.flatten(0, 1) for g in backward(*parts, True, scale)])
         square_dq, *own = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*squares, strict=True))
+        joints = _joints(q.device)
         past: list[tuple[Window, slice, Tensor | None, Pair | None]] = []
         for w, span in rows.spans():
             past_dq, past_keys = None, None
             if w.begin:
                 heads = _heads(w, q, k)
-                do_, q_, out_, lse_ = (fold(x[span], w.documents, heads) for x in (d_out, query, out, lse))
+                do_, q_, out_, lse_ = joints.fold([x[span] for x in (d_out, query, out, lse)], w.documents, heads)
                 keys, values = w.keys(k, w.begin), w.keys(v, w.begin)
-                dq, dk, dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
-                past_dq, past_keys = unfold(dq, w.size), (dk, dv)
+                past_dq, dk, dv = backward(do_, q_, keys, values, out_, lse_, False, scale)
+                past_keys = dk, dv
             past.append((w, span, past_dq, past_keys))
 
         def finish(others: Sequence[Tensor]) -> Gradients:
-            joints, dq = _joints(q.device), _queries(others, q)
+            dq = _queries(others, q)
             totals = joints.widen(others[1:], own, rows.place(len(q), q.device))
             for w, span, past_dq, past_keys in past:
                 joints.add(dq, index[span], square_dq[span], past_dq)

@@ -20,23 +20,54 @@ ELEMENTS = 2048  # of a program's tile: memory-bound, so few registers a thread
 
 
 @triton.jit
-def merge_kernel(out, lse, past, past_lse, rows, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+def _folded(row, size, H: tl.constexpr, GROUP: tl.constexpr):
+    """Document, row and head of (row of the window, head) after folding."""
+    window, head = (row // H).to(tl.int32), row % H  # 64-bit division by a number that is not a constant is slow
+    document, place = (window // size).to(tl.int64), (window % size).to(tl.int64)
+    return document, place * GROUP + head % GROUP, head // GROUP
+
+
+@triton.jit(do_not_specialize=["rows", "size"])
+def fold_kernel(d_out, q, out, lse, d_out_to, q_to, out_to, lse_to, rows, size, H: tl.constexpr, GROUP: tl.constexpr,
+                D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DP)[None, :]
     here, offset = row < rows, row[:, None] * D + column
     inside = here[:, None] & (column < D)
-    a, b = tl.load(lse + row, mask=here, other=0.0), tl.load(past_lse + row, mask=here, other=0.0)
+    document, place, head = _folded(row, size, H, GROUP)
+    to = ((document * size * GROUP + place) * (H // GROUP) + head)[:, None] * D + column
+    tl.store(q_to + to, tl.load(q + offset, mask=inside), mask=inside)
+    if BACKWARD:
+        tl.store(d_out_to + to, tl.load(d_out + offset, mask=inside), mask=inside)
+        tl.store(out_to + to, tl.load(out + offset, mask=inside), mask=inside)
+        heads_first = (document * (H // GROUP) + head) * size * GROUP + place  # as cuDNN reads it
+        tl.store(lse_to + heads_first, tl.load(lse + row, mask=here), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "size"])
+def merge_kernel(out, lse, past, past_lse, rows, size, past_document, past_row, past_head, lse_document, lse_row,
+                 lse_head, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DP)[None, :]
+    here, offset = row < rows, row[:, None] * D + column
+    inside = here[:, None] & (column < D)
+    document, place, head = _folded(row, size, H, GROUP)
+    a = tl.load(lse + row, mask=here, other=0.0)
+    b = tl.load(past_lse + document * lse_document + place * lse_row + head * lse_head, mask=here, other=0.0)
     high = tl.maximum(a, b)
     total = high + tl.log(tl.exp(a - high) + tl.exp(b - high))
     own = tl.load(out + offset, mask=inside, other=0.0).to(tl.float32) * tl.exp(a - total)[:, None]
-    before = tl.load(past + offset, mask=inside, other=0.0).to(tl.float32) * tl.exp(b - total)[:, None]
+    at = (document * past_document + place * past_row + head * past_head)[:, None] + column
+    before = tl.load(past + at, mask=inside, other=0.0).to(tl.float32) * tl.exp(b - total)[:, None]
     tl.store(out + offset, (own + before).to(out.dtype.element_ty), mask=inside)
     tl.store(lse + row, total, mask=here)
 
 
-@triton.jit
-def add_kernel(target, index, square, past, rows, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-               ROWS: tl.constexpr, HAS_PAST: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["rows", "size"])
+def add_kernel(target, index, square, past, rows, size, past_document, past_row, past_head, H: tl.constexpr,
+               GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+               HAS_PAST: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DP)[None, :]
     here, offset = row < rows, row[:, None] * D + column
@@ -46,7 +77,9 @@ def add_kernel(target, index, square, past, rows, H: tl.constexpr, D: tl.constex
     total = tl.load(target + to, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(square + offset, mask=inside, other=0.0).to(tl.float32)
     if HAS_PAST:
-        total += tl.load(past + offset, mask=inside, other=0.0).to(tl.float32)
+        document, place, head = _folded(row, size, H, GROUP)
+        past_at = (document * past_document + place * past_row + head * past_head)[:, None] + column
+        total += tl.load(past + past_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(target + to, total.to(target.dtype.element_ty), mask=inside)
 
 
@@ -92,21 +125,47 @@ def _tiles(x: Tensor) -> tuple[int, dict[str, int]]:
     return ceil_div(rows, size), {"rows": rows, "D": D, "DP": DP, "ROWS": size}
 
 
+def fold(parts: Sequence[Tensor], documents: int, heads: int) -> list[Tensor]:
+    """See :func:`ssa.ops.full.row_kernels.fold`: of q, or of the upstream gradient, q, out and log-sum-exp. The last is
+    heads first in memory."""
+    parts = [x.contiguous() for x in parts]
+    found = [torch.empty_like(x) for x in parts]
+    rows, H, D = parts[0].shape
+    programs, sizes = _tiles(parts[0])
+    with on_device(parts[0]):
+        fold_kernel[(programs,)](
+            *(parts * 4)[:4], *(found * 4)[:4], size=rows // documents, H=H, GROUP=H // heads,
+            BACKWARD=len(parts) > 1, **sizes,
+        )  # fmt: skip
+    folded = [x.view(documents, -1, heads, D) for x in found[:3]]
+    return [*folded, *(x.view(documents, heads, -1).transpose(1, 2) for x in found[3:])]
+
+
 def merge(out: Tensor, lse: Tensor, past: Tensor, past_lse: Tensor) -> None:
     """See :func:`ssa.ops.full.row_kernels.merge`."""
     programs, sizes = _tiles(out)
+    past, folded = _folding(out, past)
     with on_device(out):
-        merge_kernel[(programs,)](out, lse, past.contiguous(), past_lse.contiguous(), **sizes)
+        merge_kernel[(programs,)](out, lse, past, past_lse, **folded, **_strides("lse", past_lse), **sizes)
 
 
 def add(target: Tensor, index: Tensor, square: Tensor, past: Tensor | None) -> None:
     """See :func:`ssa.ops.full.row_kernels.add`."""
     programs, sizes = _tiles(square)
-    other = square if past is None else past.contiguous()
+    other, folded = _folding(square, square[None] if past is None else past)
     with on_device(target):
-        add_kernel[(programs,)](
-            target, index, square.contiguous(), other, H=target.shape[1], HAS_PAST=past is not None, **sizes
-        )
+        add_kernel[(programs,)](target, index, square.contiguous(), other, HAS_PAST=past is not None, **folded, **sizes)
+
+
+def _folding(x: Tensor, past: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """``past`` with dense elements, and what its kernel must know to find in it the rows of ``x``."""
+    past = past if past.stride(-1) == 1 else past.contiguous()
+    sizes = {"size": len(x) // len(past), "H": x.shape[1], "GROUP": x.shape[1] // past.shape[2]}
+    return past, sizes | _strides("past", past)
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": x.stride(n) for n, axis in enumerate(("document", "row", "head"))}
 
 
 def widen(base: Sequence[Tensor], own: Pair, place: Tensor) -> Pair:
