@@ -79,7 +79,8 @@ DRAWN = {  # the equally likely steps of a method; sampling changes sparse steps
 
 @dataclass(frozen=True)
 class Size:
-    """A batch, and how often a variant is timed: ``rounds`` turns of ``steps`` steps in a row."""
+    """A batch, and how often a variant is timed: ``rounds`` turns of ``steps`` steps in a row, between which nothing
+    waits for the device, as in training."""
 
     name: str
     rows: int
@@ -99,7 +100,7 @@ class Suite:
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1024}
 SUITES = {
-    "training": Suite("1b/ssa", (Size("8k", 2, 8192, 3, 3), Size("32k", 1, 32768, 3, 1)), SMALL),
+    "training": Suite("1b/ssa", (Size("8k", 2, 8192, 3, 8), Size("32k", 1, 32768, 3, 3)), SMALL),
     "training-smoke": Suite("quickstart/ssa", (Size("8k", 2, 64, 1, 1), Size("32k", 1, 128, 1, 1)), {}),
 }
 
