@@ -133,7 +133,7 @@ def fold(parts: Sequence[Tensor], documents: int, heads: int) -> list[Tensor]:
     rows, H, D = parts[0].shape
     programs, sizes = _tiles(parts[0])
     with on_device(parts[0]):
-        fold_kernel[(programs,)](
+        fold_kernel[(programs,)](  # which reads q alone, where there is nothing else: it stands for all four
             *(parts * 4)[:4], *(found * 4)[:4], size=rows // documents, H=H, GROUP=H // heads,
             BACKWARD=len(parts) > 1, **sizes,
         )  # fmt: skip
