@@ -63,7 +63,8 @@ class Strategy(NamedTuple):
     ``tokens`` per union tile; a tile goes to the union kernels if the union of the tile before it has at most ``limit``
     blocks, else its tokens go to the token kernels. ``dkv``: for groups of 1, 2 and 4 blocks, and
     the ``cost`` of one reader of each.
-    ``select``: mask blocks of the union by a choice per row and block (forward, dq). ``overlap``: launches of dk/dv.
+    ``select``: mask blocks of the union by a choice per row and block (forward, dq). ``overlap``: launches of dk/dv,
+    and of tokens with unions.
     """
 
     tokens: int
@@ -207,21 +208,21 @@ def _forward(
     launch(union_kernel, (tiles, x.K, 1), arguments, constants, Launch(min(8, max(1, x.list_size // 256))))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = plan.union_forward
+    tile, overlap = plan.union_forward, plan.overlap and can_overlap(q.device.index)
     arguments = (
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
         plan.limit,
     )  # fmt: skip
     select = plan.select[0] and tile.columns <= 4 * x.S
-    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow)
+    constants = (x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, narrow, overlap)
     launch(union_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_forward
     arguments = (
         q, k, v, out, lse, indices, starts, union_count, tile_start, *strides, x.H, x.K, x.slots, x.c, x.masked,
         plan.limit,
     )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns)
-    launch(token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, overlap)
+    launch(token_forward_kernel, (tiles, x.K, 1), arguments, constants, tile.how._replace(overlap=overlap))
     return out, lse, union_row, union_mask, union_count
 
 
@@ -268,31 +269,32 @@ class _Call(NamedTuple):
 
 def _queries(
     call: _Call, out: Tensor, lse: Tensor, union_row: Tensor, union_mask: Tensor, union_count: Tensor,
-    plus_q: Tensor | None,
+    known: Tensor | None, plus_q: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, and delta: the sums of out times d_out over the head dimension. Joins what runs beside."""
+    """dq, and delta, unless it is ``known``: the sums of out times d_out over D. Joins what runs beside."""
     plan, x, launch = call.plan, call.x, call.launcher()
     dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse) if known is None else known
     starts, tile_start = call.layout.starts(dq.device), call.layout.block_grid(plan.tokens, dq.device).block_start
     tiles, plus = tile_start.numel() - 1, plus_q is not None
     dq_plus = dq if plus_q is None else aligned(plus_q)
     tensors: tuple[Any, ...] = (call.q, call.k, call.v, call.d_out, out, lse, delta, dq, dq_plus)
-    tile = plan.union_dq
+    tile, overlap = plan.union_dq, plan.overlap and can_overlap(dq.device.index)
     arguments: tuple[Any, ...] = (
         *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
     select = plan.select[1] and tile.columns <= 4 * x.S
     constants: tuple[Any, ...] = (
-        x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus
+        x.D, x.DP, x.S, x.G, x.GP, plan.tokens, x.list_size, tile.columns, select, _narrow(x, call.strides), plus,
+        known is not None, overlap,
     )  # fmt: skip
     launch(union_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
     tile = plan.token_dq
     arguments = (
         *tensors, call.indices, starts, union_count, tile_start, *call.strides, x.H, x.K, x.slots, x.c, plan.limit
     )  # fmt: skip
-    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus)
-    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how)
+    constants = (x.D, x.DP, x.S, x.G, max(16, x.GP), tile.columns, plus, known is not None, overlap)
+    launch(token_dq_kernel, (tiles, x.K, 1), arguments, constants, tile.how._replace(overlap=overlap))
     join(dq.device, x.N * x.K)
     return dq, delta
 
@@ -350,7 +352,7 @@ def _backward(
     """dq, dk, dv in the dtypes of q, k, v, contiguous."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
     index = beside(q.device, call.x.N * call.x.K, call.readers)  # small kernels, which leave room for those of dq
-    dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None)
+    dq, delta = _queries(call, out, lse, union_row, union_mask, union_count, None, None)
     part = _key_parts(call, index, lse, delta)
     return dq, *_keys_and_values(call, part, index.work_offset, index.level, None, None)
 
@@ -379,7 +381,7 @@ def _begin(
 
 def _finish(
     d_out: Tensor,
-    delta: Tensor,  # unused; named so that a compiler keeps what `_begin` may still be reading
+    delta: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -401,7 +403,7 @@ def _finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, the latter two of what `_begin` returned."""
     call = _Call.of(d_out, q, k, v, indices, lengths, block_size, scale)
-    dq, _ = _queries(call, out, lse, union_row, union_mask, union_count, plus_q)
+    dq, _ = _queries(call, out, lse, union_row, union_mask, union_count, delta, plus_q)
     return dq, *_keys_and_values(call, part, work_offset, level, plus_k, plus_v)
 
 

@@ -27,6 +27,7 @@ from ssa.ops.sparse.triton_forward import (
     tile_columns,
     tile_rows,
     token_columns,
+    wait_for_unions,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,18 +36,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_rows(
-    q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, q_offset, do_offset, flat_row, live, D: tl.constexpr, DP: tl.constexpr
-):
-    """q, dO ``[M, D]``, base-2 L and delta ``[M]`` of some (token, head) rows; stores delta."""
+    q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, q_offset, do_offset, flat_row, live, D: tl.constexpr, DP: tl.constexpr,
+    KNOWN: tl.constexpr,
+):  # fmt: skip
+    """q, dO ``[M, D]``, base-2 L and delta ``[M]`` of some (token, head) rows; stores delta unless it is KNOWN."""
     d = tl.arange(0, DP)
     live_md = live[:, None] & (d < D)[None, :]
     q_md = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=live_md, other=0.0)
     do_md = tl.load(do_ptr + do_offset[:, None] + d[None, :], mask=live_md, other=0.0)
-    o_md = tl.load(out_ptr + flat_row[:, None] * D + d[None, :], mask=live_md, other=0.0)
-    delta = tl.sum(o_md.to(tl.float32) * do_md.to(tl.float32), 1)
     lse = tl.load(lse_ptr + flat_row, mask=live, other=0.0)
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that read nothing has p = 0
-    tl.store(delta_ptr + flat_row, delta, mask=live)
+    if KNOWN:
+        delta = tl.load(delta_ptr + flat_row, mask=live, other=0.0)
+    else:
+        o_md = tl.load(out_ptr + flat_row[:, None] * D + d[None, :], mask=live_md, other=0.0)
+        delta = tl.sum(o_md.to(tl.float32) * do_md.to(tl.float32), 1)
+        tl.store(delta_ptr + flat_row, delta, mask=live)
     return q_md, do_md, lse, delta
 
 
@@ -68,7 +73,7 @@ def union_dq_kernel(
     do_ptr,  # [N, H, D]
     out_ptr,  # [N, H, D]
     lse_ptr,  # [N, H]
-    delta_ptr,  # [N, H], written here
+    delta_ptr,  # [N, H], written here unless KNOWN
     dq_ptr,  # [N, H, D]
     plus_ptr,  # [N, H, D] added to dq, if PLUS
     union_row_ptr,
@@ -99,46 +104,41 @@ def union_dq_kernel(
     SELECT: tl.constexpr,
     NARROW: tl.constexpr,
     PLUS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """dq of one tile x one KV head, unless `reads_one_by_one`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     tile, head = tl.program_id(0), tl.program_id(1)
-    if reads_one_by_one(union_count_ptr, tile, head, K, limit):
-        return
+    one_by_one = reads_one_by_one(union_count_ptr, tile, head, K, limit)
     count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
     row0, rows, token, row, h, live = tile_rows(tile_start_ptr, tile, head, G, GP, TT)
+    entries = (tile.to(tl.int64) * K + head) * LIST
+    union_row_ptr += entries
+    union_mask_ptr += entries
+    n = tl.arange(0, BN)
+    if SELECT:  # the first loads wait for each other as little as they can
+        first_key = tl.load(union_row_ptr + n // S)
+        bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr, S, BN)
+    if one_by_one:
+        return
     q_md, do_md, lse, delta = _load_rows(
         q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head, row * H + h,
-        live, D, DP,
+        live, D, DP, KNOWN,
     )  # fmt: skip
     MASK: tl.constexpr = tl.float32 if q_md.dtype == tl.float32 else tl.bfloat16
     one_hot = (token[:, None] == tl.arange(0, TP)[None, :]).to(MASK)
     acc_md = tl.zeros([M, DP], tl.float32)
-    entries = (tile.to(tl.int64) * K + head) * LIST
     k_ptr += head * k_head
     v_ptr += head * v_head
-    union_row_ptr += entries
-    union_mask_ptr += entries
     last_row = row0 + rows - 1
     past = tl.zeros([], tl.int32)
-    if SELECT:
-        past = past_columns(union_row_ptr, count, row0, TT, S, BN)
-    first_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
-    for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
-        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
-        first_key, bits = list_entries(union_row_ptr, union_mask_ptr, n0 + BN, count, S, BN)
-        k_nd = load_rows(k_ptr, key, k_row, D, DP)
-        v_nd = load_rows(v_ptr, key, v_row, D, DP)
-        s_mn = biased(one_hot, bias, q_md, k_nd)
-        dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
-        ds_mn = tl.exp2(s_mn * c - lse[:, None]) * (dp_mn - delta[:, None])
-        acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
     if SELECT:  # whether a token reads a block is one choice per row and block, made on the row's log-sum-exp
-        n = tl.arange(0, BN)
+        past = past_columns(union_row_ptr, count, row0, TT, S, BN)
         mine = 1 << token
-        first_key = tl.load(union_row_ptr + n // S)
-        bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr, S, BN)
         for n0 in range(0, past, BN):
             key = first_key + (n0 + n) % S
             lse_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, mine, S, BN), lse[:, None], float("inf"))
@@ -151,6 +151,16 @@ def union_dq_kernel(
             dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
             ds_mn = tl.exp2(s_mn * c - lse_mn) * (dp_mn - delta[:, None])
             acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
+    last_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
+    for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
+        key, bias = tile_columns(last_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
+        last_key, bits = list_entries(union_row_ptr, union_mask_ptr, n0 + BN, count, S, BN)
+        k_nd = load_rows(k_ptr, key, k_row, D, DP)
+        v_nd = load_rows(v_ptr, key, v_row, D, DP)
+        s_mn = biased(one_hot, bias, q_md, k_nd)
+        dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
+        ds_mn = tl.exp2(s_mn * c - lse[:, None]) * (dp_mn - delta[:, None])
+        acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
     _store_dq(dq_ptr, plus_ptr, row * H + h, live, acc_md * (c * LN2), D, DP, PLUS)
 
 
@@ -189,9 +199,13 @@ def token_dq_kernel(
     M: tl.constexpr,
     BN: tl.constexpr,
     PLUS: tl.constexpr,
+    KNOWN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """dq of the tokens of one tile x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
+    if OVERLAP:
+        wait_for_unions(tile, head)
     if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
@@ -204,7 +218,7 @@ def token_dq_kernel(
         row = tl.cast(t, tl.int64)
         q_md, do_md, lse, delta = _load_rows(
             q_ptr, do_ptr, out_ptr, lse_ptr, delta_ptr, row * q_row + h * q_head, row * do_row + h * do_head,
-            row * H + h, g < G, D, DP,
+            row * H + h, g < G, D, DP, KNOWN,
         )  # fmt: skip
         acc_md = tl.zeros([M, DP], tl.float32)
         mine = indices_ptr + (row * K + head) * slots

@@ -99,6 +99,14 @@ def reads_one_by_one(union_count_ptr, tile, head, K, limit):
 
 
 @triton.jit
+def wait_for_unions(tile, head):
+    """In a token kernel that began before the union kernel ahead of it had ended, of which it needs nothing: one
+    program waits, so that what comes next finds both done."""
+    if (tile == 0) & (head == 0):
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def tile_rows(tile_start_ptr, tile, head, G: tl.constexpr, GP: tl.constexpr, TT: tl.constexpr):
     """First token of a tile, how many it has, and per row: token of the tile, flat token, query head, whether it is."""
     row0 = tl.load(tile_start_ptr + tile)
@@ -218,15 +226,25 @@ def union_forward_kernel(
     BN: tl.constexpr,
     SELECT: tl.constexpr,
     NARROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of TT tokens x one KV head, unless `reads_one_by_one`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     tile, head = tl.program_id(0), tl.program_id(1)
-    if reads_one_by_one(union_count_ptr, tile, head, K, limit):
-        return
+    one_by_one = reads_one_by_one(union_count_ptr, tile, head, K, limit)
     count = tl.load(union_count_ptr + tile * K + head)
     M: tl.constexpr = TT * GP
     TP: tl.constexpr = TT if TT > 16 else 16
     row0, rows, token, row, h, live = tile_rows(tile_start_ptr, tile, head, G, GP, TT)
+    entries_row = union_row_ptr + (tile.to(tl.int64) * K + head) * LIST
+    entries_mask = union_mask_ptr + (tile.to(tl.int64) * K + head) * LIST
+    n = tl.arange(0, BN)
+    if SELECT:  # the first loads wait for each other as little as they can
+        first_key = tl.load(entries_row + n // S)
+        bits0, bits1, bits2, bits3 = block_bits(entries_mask, S, BN)
+    if one_by_one:
+        return
     d = tl.arange(0, DP)
     live_md = live[:, None] & (d < D)[None, :]
     q_md = tl.load(q_ptr + (row * q_row + h * q_head)[:, None] + d[None, :], mask=live_md, other=0.0)
@@ -234,8 +252,6 @@ def union_forward_kernel(
     i = tl.arange(0, TP)
     own = token[:, None] == i[None, :]
     one_hot = own.to(MASK)
-    entries_row = union_row_ptr + (tile.to(tl.int64) * K + head) * LIST
-    entries_mask = union_mask_ptr + (tile.to(tl.int64) * K + head) * LIST
     k_ptr += head * k_head
     v_ptr += head * v_head
     last_row = row0 + rows - 1
@@ -246,9 +262,6 @@ def union_forward_kernel(
     past = tl.zeros([], tl.int32)
     if SELECT:
         past = past_columns(entries_row, count, row0, TT, S, BN)
-        n = tl.arange(0, BN)
-        first_key = tl.load(entries_row + n // S)
-        bits0, bits1, bits2, bits3 = block_bits(entries_mask, S, BN)
         for n0 in range(0, past, BN):
             key = first_key + (n0 + n) % S
             m_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, 1 << token, S, BN), m[:, None], float("inf"))
@@ -259,10 +272,10 @@ def union_forward_kernel(
             v_nd = load_keys(v_ptr, key, v_row, D, DP, NARROW)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             l_m16, acc_md = _accumulate(s_mn, v_nd, m_mn, l_m16, acc_md, c, M, BN)
-    first_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
+    last_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
     for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
-        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
-        first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
+        key, bias = tile_columns(last_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
+        last_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = biased(one_hot, bias, q_md, k_nd)
@@ -329,9 +342,12 @@ def token_forward_kernel(
     G: tl.constexpr,
     M: tl.constexpr,
     BN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The tokens of one tile, one after the other, x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
+    if OVERLAP:
+        wait_for_unions(tile, head)
     if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
