@@ -3,9 +3,10 @@
     p = 2^(c q.k - L),  delta = sum_d dO O,  ds = p (dO.v - delta)
     dq = scale sum_n ds k,   dk = scale sum_t ds q,   dv = sum_t p dO
 
-dq also computes delta, which dk and dv then read. dk and dv walk an inverted index (`triton_index`): a work item is a
-group of NB neighbouring blocks and at most SEG of the tokens that read any of them, so a block that everybody reads is
-shared by many programs. Each item writes float32 partial sums; a last kernel adds them in a fixed order.
+dq also computes delta, unless it is given, for dk and dv to read. dk and dv walk an inverted index (`triton_index`): a
+work item is a group of NB neighbouring blocks and at most SEG of the tokens that read any of them, so a block that
+everybody reads is shared by many programs. Each item writes float32 partial sums; a last kernel adds them in a fixed
+order.
 
 Shapes: M rows (tokens x heads of a group), N columns (keys), D head dim padded to DP, S block size.
 """
