@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from ssa.bench.workloads import Workload, draw
+from ssa.bench.layer import SHAPE
+from ssa.bench.workloads import draw
 from ssa.ops import select_blocks, triton_support
 from ssa.ops.dual.streams import sparse_stream
 
@@ -18,8 +19,7 @@ from ssa.ops.dual.streams import sparse_stream
 def main() -> None:
     """Forward, and the two halves of the backward pass, as the operation of both streams calls them."""
     triton_support.WORTH_A_STREAM = 1 << 62  # no second stream: a profiler runs kernels in turn
-    device, workload = torch.device("cuda"), Workload("1B-8K", ((8192,),) * 4)
-    x, layout, spec = draw(workload, device), workload.layout, workload.spec
+    x, layout, spec = draw(SHAPE, torch.device("cuda")), SHAPE.layout, SHAPE.spec
     with torch.no_grad():
         for _ in range(2):
             blocks = select_blocks(x.q, x.k, spec, layout, backend="triton")

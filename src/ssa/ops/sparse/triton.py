@@ -141,6 +141,11 @@ def _bitmap_rows(layout: DocumentLayout, S: int, device: str) -> tuple[Tensor, i
     return offset.to(device), int(offset[-1])
 
 
+def _overlaps(plan: Strategy, device: torch.device) -> bool:
+    """Whether a kernel that needs nothing of the one ahead of it begins in that one's tail."""
+    return plan.overlap and can_overlap(device.index)
+
+
 def list_size(tokens: int, slots: int) -> int:
     """Room of one union list: every slot of every token (a power of two), and padding."""
     return tokens * next_power_of_two(slots) + LIST_PADDING
@@ -208,7 +213,7 @@ def _forward(
     launch(union_kernel, (tiles, x.K, 1), arguments, constants, Launch(min(8, max(1, x.list_size // 256))))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile, overlap = plan.union_forward, plan.overlap and can_overlap(q.device.index)
+    tile, overlap = plan.union_forward, _overlaps(plan, q.device)
     arguments = (
         q, k, v, out, lse, union_row, union_mask, union_count, tile_start, *strides, x.H, x.K, x.c, x.masked,
         plan.limit,
@@ -279,7 +284,7 @@ def _queries(
     tiles, plus = tile_start.numel() - 1, plus_q is not None
     dq_plus = dq if plus_q is None else aligned(plus_q)
     tensors: tuple[Any, ...] = (call.q, call.k, call.v, call.d_out, out, lse, delta, dq, dq_plus)
-    tile, overlap = plan.union_dq, plan.overlap and can_overlap(dq.device.index)
+    tile, overlap = plan.union_dq, _overlaps(plan, dq.device)
     arguments: tuple[Any, ...] = (
         *tensors, union_row, union_mask, union_count, tile_start, *call.strides, x.H, x.K, x.c, x.masked, plan.limit
     )  # fmt: skip
@@ -310,7 +315,7 @@ def _key_parts(call: _Call, index: ReaderIndex, lse: Tensor, delta: Tensor) -> T
         *call.strides, x.H, x.K, super_start.numel() - 1, part_rows, x.c,
     )  # fmt: skip
     levels, narrow = len(index.most_works), _narrow(x, call.strides)
-    overlap = plan.overlap and can_overlap(device.index)
+    overlap = _overlaps(plan, device)
     for level in reversed(range(levels)):
         tokens, columns, keys_first, how = plan.dkv[level]
         key_rows = min(x.S << level, columns)

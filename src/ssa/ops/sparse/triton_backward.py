@@ -18,17 +18,17 @@ import triton.language as tl
 
 from ssa.ops.sparse.triton_forward import (
     biased,
-    block_bits,
     list_entries,
     load_keys,
     load_rows,
     past_columns,
+    past_entries,
     reads_column,
     reads_one_by_one,
     tile_columns,
     tile_rows,
     token_columns,
-    wait_for_unions,
+    wait_for_launch_before,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -122,8 +122,7 @@ def union_dq_kernel(
     union_mask_ptr += entries
     n = tl.arange(0, BN)
     if SELECT:  # the first loads wait for each other as little as they can
-        first_key = tl.load(union_row_ptr + n // S)
-        bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr, S, BN)
+        first_key, bits0, bits1, bits2, bits3 = past_entries(union_row_ptr, union_mask_ptr, 0, S, BN)
     if one_by_one:
         return
     q_md, do_md, lse, delta = _load_rows(
@@ -143,19 +142,17 @@ def union_dq_kernel(
         for n0 in range(0, past, BN):
             key = first_key + (n0 + n) % S
             lse_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, mine, S, BN), lse[:, None], float("inf"))
-            following = (n0 + BN) // S  # at most `count`, where the padding begins
-            first_key = tl.load(union_row_ptr + following + ((n0 + BN) % S + n) // S)
-            bits0, bits1, bits2, bits3 = block_bits(union_mask_ptr + following, S, BN)
+            first_key, bits0, bits1, bits2, bits3 = past_entries(union_row_ptr, union_mask_ptr, n0 + BN, S, BN)
             k_nd = load_keys(k_ptr, key, k_row, D, DP, NARROW)
             v_nd = load_keys(v_ptr, key, v_row, D, DP, NARROW)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             dp_mn = tl.dot(do_md, tl.trans(v_nd), input_precision="ieee")
             ds_mn = tl.exp2(s_mn * c - lse_mn) * (dp_mn - delta[:, None])
             acc_md = tl.dot(ds_mn.to(k_nd.dtype), k_nd, acc_md, input_precision="ieee")
-    last_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
+    first_key, bits = list_entries(union_row_ptr, union_mask_ptr, past, count, S, BN)
     for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
-        key, bias = tile_columns(last_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
-        last_key, bits = list_entries(union_row_ptr, union_mask_ptr, n0 + BN, count, S, BN)
+        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
+        first_key, bits = list_entries(union_row_ptr, union_mask_ptr, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = biased(one_hot, bias, q_md, k_nd)
@@ -206,7 +203,7 @@ def token_dq_kernel(
     """dq of the tokens of one tile x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
-        wait_for_unions(tile, head)
+        wait_for_launch_before((tile == 0) & (head == 0))
     if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
@@ -286,9 +283,8 @@ def dkv_kernel(
     before = tl.load(work_offset_ptr + region)
     work = before + pid
     if work >= tl.load(work_offset_ptr + (8 - (8 >> (LEVEL + 1))) * Z):
-        if OVERLAP:  # noqa: SIM102 - `and` would compile the branch in any case
-            if pid == 0:
-                tl.extra.cuda.gdc_wait()
+        if OVERLAP:
+            wait_for_launch_before(pid == 0)
         return
     unit = before + (pid << LEVEL)
     if LEVEL == 2:
@@ -352,9 +348,8 @@ def dkv_kernel(
     out = part[:, None] * DP + d[None, :] if KEYS_FIRST else part[None, :] * DP + d[:, None]
     tl.store(part_ptr + out, dk * (c * LN2))
     tl.store(part_ptr + part_rows.to(tl.int64) * DP + out, dv)
-    if OVERLAP:  # noqa: SIM102
-        if pid == 0:
-            tl.extra.cuda.gdc_wait()
+    if OVERLAP:
+        wait_for_launch_before(pid == 0)
 
 
 @triton.jit(do_not_specialize=["supers", "part_rows"])

@@ -99,10 +99,10 @@ def reads_one_by_one(union_count_ptr, tile, head, K, limit):
 
 
 @triton.jit
-def wait_for_unions(tile, head):
-    """In a token kernel that began before the union kernel ahead of it had ended, of which it needs nothing: one
-    program waits, so that what comes next finds both done."""
-    if (tile == 0) & (head == 0):
+def wait_for_launch_before(first):
+    """In a kernel that may begin before the one ahead of it has ended, since it needs nothing of that one: the
+    ``first`` program waits, so that what comes next finds both done."""
+    if first:
         tl.extra.cuda.gdc_wait()
 
 
@@ -151,15 +151,18 @@ def past_columns(entries_row, count, row0, TT: tl.constexpr, S: tl.constexpr, BN
 
 
 @triton.jit
-def block_bits(mask_ptr, S: tl.constexpr, BN: tl.constexpr):
-    """Token masks of the at most 4 blocks of a step, as scalars."""
+def past_entries(entries_row, entries_mask, n0, S: tl.constexpr, BN: tl.constexpr):
+    """As `list_entries` for a step of past columns, but the token masks of its at most 4 blocks are scalars."""
+    at = n0 // S  # at most `count`, where the padding begins
+    first_key = tl.load(entries_row + at + (n0 % S + tl.arange(0, BN)) // S)
+    mask_ptr = entries_mask + at
     bits0 = tl.load(mask_ptr)
     bits1, bits2, bits3 = bits0, bits0, bits0
     if BN > S:
         bits1 = tl.load(mask_ptr + 1)
     if BN > 2 * S:
         bits2, bits3 = tl.load(mask_ptr + 2), tl.load(mask_ptr + 3)
-    return bits0, bits1, bits2, bits3
+    return first_key, bits0, bits1, bits2, bits3
 
 
 @triton.jit
@@ -241,8 +244,7 @@ def union_forward_kernel(
     entries_mask = union_mask_ptr + (tile.to(tl.int64) * K + head) * LIST
     n = tl.arange(0, BN)
     if SELECT:  # the first loads wait for each other as little as they can
-        first_key = tl.load(entries_row + n // S)
-        bits0, bits1, bits2, bits3 = block_bits(entries_mask, S, BN)
+        first_key, bits0, bits1, bits2, bits3 = past_entries(entries_row, entries_mask, 0, S, BN)
     if one_by_one:
         return
     d = tl.arange(0, DP)
@@ -265,17 +267,15 @@ def union_forward_kernel(
         for n0 in range(0, past, BN):
             key = first_key + (n0 + n) % S
             m_mn = tl.where(reads_column(bits0, bits1, bits2, bits3, 1 << token, S, BN), m[:, None], float("inf"))
-            following = (n0 + BN) // S  # at most `count`, where the padding begins
-            first_key = tl.load(entries_row + following + ((n0 + BN) % S + n) // S)
-            bits0, bits1, bits2, bits3 = block_bits(entries_mask + following, S, BN)
+            first_key, bits0, bits1, bits2, bits3 = past_entries(entries_row, entries_mask, n0 + BN, S, BN)
             k_nd = load_keys(k_ptr, key, k_row, D, DP, NARROW)
             v_nd = load_keys(v_ptr, key, v_row, D, DP, NARROW)
             s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
             l_m16, acc_md = _accumulate(s_mn, v_nd, m_mn, l_m16, acc_md, c, M, BN)
-    last_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
+    first_key, bits = list_entries(entries_row, entries_mask, past, count, S, BN)
     for n0 in tl.range(past, count * S, BN, num_stages=1 if SELECT else None):
-        key, bias = tile_columns(last_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
-        last_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
+        key, bias = tile_columns(first_key, bits, n0, row0, last_row, mask_value, MASK, S, BN, TP)
+        first_key, bits = list_entries(entries_row, entries_mask, n0 + BN, count, S, BN)
         k_nd = load_rows(k_ptr, key, k_row, D, DP)
         v_nd = load_rows(v_ptr, key, v_row, D, DP)
         s_mn = biased(one_hot, bias, q_md, k_nd)
@@ -347,7 +347,7 @@ def token_forward_kernel(
     """The tokens of one tile, one after the other, x one KV head, if `reads_one_by_one`."""
     tile, head = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
-        wait_for_unions(tile, head)
+        wait_for_launch_before((tile == 0) & (head == 0))
     if not reads_one_by_one(union_count_ptr, tile, head, K, limit):
         return
     row0, end = tl.load(tile_start_ptr + tile), tl.load(tile_start_ptr + tile + 1)
